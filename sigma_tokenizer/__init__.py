@@ -1,1 +1,4 @@
 __version__ = "0.1.0"
+
+from .models import create_model, list_models
+from .select import Mass, TopK
