@@ -65,7 +65,7 @@ def budgets(
 # %% ../nbs/12_reproduce.ipynb #43660d30
 def plan(
     preset:dict,  # `load_preset`
-    methods:list[str]=None,  # models or runs; None for all of the preset
+    methods:list[str]=None,  # runs, or models for all of their runs in the preset; None for all of the preset
     seeds:list[int]=None  # instead of the preset's
 )->list[tuple[str, int]]:  # run, seed
     "What is to be run, in order"
@@ -97,7 +97,7 @@ def run_once(
     device:str='cpu'
 )->dict:  # as `save_result` takes it
     "Train one model and evaluate it for all its rows"
-    start = time.perf_counter()
+    start, source = time.perf_counter(), provenance(device)  # before training: the files may change while it lasts
     set_seed(seed, reproducible=True)
     dls = image_loaders(data, config['train']['batch_size'], config['normalize'], device)
     model = create_model(**config['model'], n_classes=dls.c)
@@ -107,7 +107,7 @@ def run_once(
     names, keeps, settings = zip(*budgets(run, config))
     labels, outs = evaluate(learn.model, dls.valid, keeps)
     rows = [dict(row=n, setting=s, **metrics(labels, *o)) for n, s, o in zip(names, settings, outs)]
-    return dict(run=run, seed=seed, config=config, data=describe(data), **provenance(device), seconds=round(time.perf_counter() - start, 1),
+    return dict(run=run, seed=seed, config=config, data=describe(data), **source, seconds=round(time.perf_counter() - start, 1),
                 epochs=epochs, rows=rows)
 
 def describe(
@@ -121,7 +121,7 @@ def describe(
 def reproduce(
     preset:str='quick',  # one of `list_presets()`
     data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
-    methods:list[str]=None,  # models or runs; all of the preset if None
+    methods:list[str]=None,  # runs of `experiments.toml`; 'fft' and 'svd' for all of theirs; all of the preset if None
     seeds:list[int]=None,  # the preset's if None
     epochs:int=None,  # the preset's if None
     holdout:float=None,  # evaluate on this share of the training images, and leave the test split alone: for choices
@@ -161,7 +161,7 @@ def _check_same(result, config, data, path):
 def sigma_reproduce(
     preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores) or paper (ViT-B at 256 pixels, a GPU)
     data:str=None,  # digits, intel, or the path of a folder with a training and a test split (default: the preset's)
-    methods:str=None,  # models or runs, separated by commas (default: all of the preset)
+    methods:str=None,  # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
     seeds:str=None,  # seeds, separated by commas (default: the preset's)
     epochs:int=None,  # epochs (default: the preset's)
     holdout:float=None,  # evaluate on this share of the training images instead of the test split, to make choices

@@ -94,27 +94,31 @@ def table_lines(
                      f'| {_cell(r.reported_accuracy, 2)} | {_cell(r.reported_f1, 2)} | {_cell(r.reported_length, 1)} |')
     return lines
 
-# %% ../nbs/11_results.ipynb #73e5c2b4
-_families = {'Vision Transformer': ('#000000', 's', 'ViT'), 'ViT with': ('#999999', 'D', 'ViT, convolutional stem'),
-             'FFT (static': ('#0072B2', '^', 'FFT, static'), 'FFT (dynamic': ('#56B4E9', 'v', 'FFT, dynamic'), 'FFT (high': ('#CC79A7', '<', 'FFT, high-pass'),
-             'SVD': ('#E69F00', 'o', 'SVD'), 'mSVD (no': ('#009E73', 'P', 'mSVD, no scorer'), 'mSVD (k': ('#D55E00', '.', 'mSVD, top k'),
-             'mSVD (p': ('#D55E00', 'x', 'mSVD, gate mass p'), 'mSVD (all': ('#D55E00', '*', 'mSVD, all tokens')}
+# %% ../nbs/11_results.ipynb #7f4e4107
+_families = [  # label, pattern of the rows' names, colour, marker, line
+    ('ViT', r'Vision Transformer$', '#000000', 's', 'none'), ('ViT, convolutional stem', r'ViT with', '#999999', 'D', 'none'),
+    ('FFT, static', r'FFT \(static \d+\)', '#0072B2', '^', '-'), ('FFT, dynamic', r'FFT \(dynamic', '#56B4E9', 'v', '-'),
+    ('FFT, high-pass', r'FFT \(high', '#CC79A7', '<', '-'),
+    ('SVD, squared', r'SVD .*squared', '#E69F00', 'o', '-'), ('SVD, linear', r'SVD .*linear', '#E69F00', 'p', ':'),
+    ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'), ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
+    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
 
 def plot_tokens(
     table:pd.DataFrame,  # `result_table`
     title:str='ours'  # of our panel
 )->plt.Figure:
     "Accuracy against mean length, reported and ours"
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
     all_rows = reported().reset_index().rename(columns={'length': 'mean_length'})
     for ax, t, name in [(axes[0], all_rows, 'reported (Intel, 256 pixels)'), (axes[1], table, title)]:
-        for prefix, (colour, marker, label) in _families.items():
-            part = t[t.row.str.startswith(prefix)].dropna(subset=['accuracy', 'mean_length']).sort_values('mean_length')
-            line = '-' if marker in '.x' else ''
-            if len(part): ax.plot(part.mean_length, part.accuracy, line, color=colour, marker=marker, ms=7, lw=1, label=label)
-        ax.set(xscale='log', xlabel='mean tokens an image, class token included', title=name)
+        for label, pattern, colour, marker, line in _families:
+            part = t[t.row.str.match(pattern)].dropna(subset=['accuracy', 'mean_length']).sort_values('mean_length')
+            if len(part): ax.plot(part.mean_length, part.accuracy, color=colour, marker=marker, ls=line, ms=7, lw=1, label=label)
+        ax.set(xscale='log', xlim=(1.7, 300), xlabel='mean tokens an image, class token included', title=name)
         ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks); ax.minorticks_off(); ax.grid(alpha=.3)
-    axes[0].set_ylabel('accuracy'); axes[0].legend(fontsize=7)
+    axes[0].set_ylabel('accuracy')
+    handles = {h.get_label(): h for ax in axes for h in ax.get_lines()}
+    fig.legend(handles=list(handles.values()), loc='outside right center', fontsize=8)
     return fig
 
 # %% ../nbs/11_results.ipynb #5a5d4f31
