@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import check_grid, check_images
+from .images import check_grid, check_images, check_int, check_number
 from .tokens import Tokens
 from .stem import ConvStem
 
@@ -18,9 +18,9 @@ from .stem import ConvStem
 def log_spectrum(
     x:Tensor,  # (B, C, M, M) images
     shift:bool=True  # bring frequency 0 to the centre
-)->Tensor:  # (B, 2C, M, M): the real parts of all channels, then the imaginary parts
+)->Tensor:  # (B, 2C, M, M): the real parts of all channels, then the imaginary parts; float32 or better
     "sign(v) log(1 + |v|) of the orthonormal 2-D Fourier transform"
-    f = torch.fft.fft2(x, norm='ortho')
+    f = torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)), norm='ortho')
     if shift: f = torch.fft.fftshift(f, dim=(-2, -1))
     f = torch.cat([f.real, f.imag], 1)
     return f.sign()*f.abs().log1p()
@@ -29,7 +29,8 @@ def crop(
     f:Tensor,  # (..., M, M)
     s:int  # side to keep, even, at most M
 )->Tensor:  # (..., s, s)
-    "The centred square: all frequencies up to s/2 in Chebyshev distance"
+    "The centred square: in a shifted spectrum, the frequencies from -s/2 to s/2 - 1 along both axes"
+    if not 0 < s <= f.shape[-1]: raise ValueError(f's: got {s}; accepted: 1 to {f.shape[-1]}')
     lo = (f.shape[-1] - s)//2
     return f[..., lo:lo+s, lo:lo+s]
 
@@ -40,7 +41,8 @@ def energy_side(
     step:int=16  # sides are multiples of this, a divisor of M
 )->Tensor:  # (B,) int64 sides
     "The smallest side whose centred square holds at least a share `p` of each spectrum's energy, the sum of squares"
-    M = f.shape[-1]
+    M = f.shape[-1]; check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1); check_int('step', step)
+    if M % step: raise ValueError(f'step: got {step}; accepted: a divisor of the side, {M}')
     table = F.pad(f.double().square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))
     s = torch.arange(step, M + 1, step, device=f.device)
     lo = (M - s)//2; hi = lo + s
@@ -56,17 +58,18 @@ class FFTTokenizer(nn.Module):
         embed_dim:int=768,  # width D of a token
         filter_size:int=None,  # static: the side s of the square, a multiple of `patch_size`; M if neither is given
         energy:float=None,  # dynamic: the share p of the energy that each image's square holds, 0 < p <= 1
-        band:str='low'  # 'low', or 'high': the crop of the unshifted spectrum, frequency 0 and its neighbours left out
+        band:str='low'  # 'low', or 'high': the same crop of the unshifted spectrum, whose centre is its highest frequencies
     ):
         super().__init__()
         self.n_tokens = check_grid(image_size, patch_size)**2
         if filter_size is not None and energy is not None:
             raise ValueError(f'filter_size, energy: got {filter_size}, {energy}; accepted: one of them')
-        if energy is not None and not 0 < energy <= 1: raise ValueError(f'energy: got {energy}; accepted: 0 < energy <= 1')
+        if energy is not None: check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
         if band not in ('low', 'high') or (band == 'high' and energy is not None):
             raise ValueError(f"band: got {band!r} with energy={energy}; accepted: 'low', or 'high' without energy")
         if filter_size is None: filter_size = image_size
-        if not 0 < filter_size <= image_size or filter_size % patch_size:
+        check_int('filter_size', filter_size); check_int('embed_dim', embed_dim)
+        if filter_size > image_size or filter_size % patch_size:
             raise ValueError(f'filter_size: got {filter_size}; accepted: a multiple of {patch_size} up to {image_size}')
         self.embed_dim, self.image_size, self.patch_size = embed_dim, image_size, patch_size
         self.filter_size, self.energy, self.band = filter_size, energy, band
@@ -94,8 +97,9 @@ def forward(self:FFTTokenizer,
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
     N = max(len(self.places(s)) for s in groups)
     out, index = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)
-    for s, rows in groups.items():
-        tokens, places = self.proj(self.stem(crop(f[rows], s)).flatten(2).mT), self.places(s)
+    maps = self.stem(*[crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
+    for (s, rows), h in zip(groups.items(), maps if len(groups) > 1 else [maps]):
+        tokens, places = self.proj(h.flatten(2).mT), self.places(s)
         out[rows, :len(places)], index[rows, :len(places)] = tokens.to(out.dtype), places
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2
     return Tokens(out, mask, None, index, padded=len(groups) > 1)

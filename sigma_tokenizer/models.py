@@ -8,6 +8,7 @@ __all__ = ['list_models', 'create_model']
 # %% ../nbs/08_models.ipynb #747f3aec
 from inspect import signature
 from torch import nn
+from .images import check_grid
 from .stem import ConvTokenizer
 from .vit import PatchTokenizer, VisionTransformer
 from .fft import FFTTokenizer
@@ -28,17 +29,18 @@ def create_model(
     image_size:int=256,  # side M of the images, in pixels
     n_classes:int=6,  # classes
     embed_dim:int=768,  # width D of a token
-    patch_size:int=16,  # side of the square that becomes one token, in pixels (`svd` has none and ignores it)
+    patch_size:int=16,  # side of the square that becomes one token, in pixels; divides `image_size` (`svd` makes no use of it)
     **kw  # depth, num_heads, mlp_ratio, drop_rate; filter_size, energy, band (fft); energy, criterion (svd); keep (msvd_gated)
 )->VisionTransformer:
     "A model, untrained; without further arguments the size of ViT-B"
-    if name not in _tokenizers: raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
+    if not isinstance(name, str) or name not in _tokenizers: raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
     make, gated = _tokenizers[name], name == 'msvd_gated'
     shape = dict(image_size=image_size, patch_size=patch_size, embed_dim=embed_dim)
     takes = [k for k in signature(make).parameters if k not in shape]
     backbone = ['depth', 'num_heads', 'mlp_ratio', 'drop_rate'] + ['keep']*gated
     if unknown := set(kw) - set(takes) - set(backbone):
         raise ValueError(f'{", ".join(sorted(unknown))}: not an argument of {name}; accepted: {", ".join([*shape, "n_classes", *backbone, *takes])}')
+    check_grid(image_size, patch_size)
     tokenizer = make(**{k: v for k, v in shape.items() if k in signature(make).parameters}, **{k: kw[k] for k in takes if k in kw})
     return VisionTransformer(Gated(tokenizer) if gated else tokenizer, n_classes, **{k: kw[k] for k in backbone if k in kw},
                              pos_embed='learned' if name == 'vit' else 'sinusoidal')

@@ -9,7 +9,7 @@ __all__ = ['MSVDTokenizer', 'Gated']
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from .images import check_grid, check_images
+from .images import check_grid, check_images, check_int
 from .tokens import Tokens, full_tokens
 from .stem import ConvStem
 
@@ -22,6 +22,7 @@ class MSVDTokenizer(nn.Module):
         embed_dim:int=768  # width D of a token
     ):
         super().__init__()
+        check_int('embed_dim', embed_dim)
         self.embed_dim, self.patch_size, self.n_tokens = embed_dim, patch_size, check_grid(image_size, patch_size)**2
         self.u, self.v = ConvStem(3, patch_size), ConvStem(3, patch_size)
         self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, embed_dim)
@@ -40,12 +41,14 @@ class Gated(nn.Module):
         hidden:int=128  # hidden width of the scorer
     ):
         super().__init__()
+        check_int('hidden', hidden)
         self.tokenizer, self.embed_dim, self.n_tokens = tokenizer, tokenizer.embed_dim, tokenizer.n_tokens
         self.scorer = nn.Sequential(nn.Linear(self.embed_dim, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, 1))
 
     def forward(self,
         x:Tensor  # images that the tokenizer takes
-    )->Tokens:  # scores (B, N), float32 in (0, 1), and 0 at padding
+    )->Tokens:  # scores (B, N) in (0, 1), float32 or better, and 0 at padding
         t = self.tokenizer(x)
-        gates = self.scorer(t.x)[..., 0].float().sigmoid().masked_fill(~t.mask, 0)
+        scores = self.scorer(t.x)[..., 0]
+        gates = scores.to(torch.promote_types(scores.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
         return replace(t, x=t.x*gates[..., None].to(t.x.dtype), scores=gates)

@@ -8,7 +8,7 @@ __all__ = ['singular_triplets', 'energy_rank', 'SVDTokenizer']
 # %% ../nbs/06_svd.ipynb #e22b3ab2
 import torch
 from torch import Tensor, nn
-from .images import check_images
+from .images import check_images, check_int, check_number
 from .tokens import Tokens
 
 # %% ../nbs/06_svd.ipynb #596283a2
@@ -19,7 +19,9 @@ def singular_triplets(
     "Singular vectors, as columns, and values, largest first, in float32 or better"
     with torch.autocast(x.device.type, enabled=False):
         U, S, Vh = torch.linalg.svd(x.to(torch.promote_types(x.dtype, torch.float32)), full_matrices=False)
-    sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    size = U.abs()
+    first = (size >= .999*size.amax(-2, keepdim=True)).to(torch.uint8).argmax(-2, keepdim=True)
+    sign = U.gather(-2, first).sign()
     return U*sign, S, Vh.mT*sign
 
 # %% ../nbs/06_svd.ipynb #bedbb14b
@@ -29,6 +31,8 @@ def energy_rank(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->Tensor:  # (B,) int64 ranks, 1 to M
     "The smallest rank whose singular values hold at least a share `p` of the total over all channels"
+    check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1)
+    if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
     held = (S.double()**2 if criterion == 'squared' else S.double()).sum(1).cumsum(1)
     return (held < p*held[:, -1:]).sum(1) + 1
 
@@ -42,8 +46,8 @@ class SVDTokenizer(nn.Module):
         criterion:str='squared'  # what the total sums: 'squared' or 'linear' singular values
     ):
         super().__init__()
-        if image_size < 1: raise ValueError(f'image_size: got {image_size}; accepted: an integer >= 1')
-        if not 0 < energy <= 1: raise ValueError(f'energy: got {energy}; accepted: 0 < energy <= 1')
+        check_int('image_size', image_size); check_int('embed_dim', embed_dim)
+        check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
         if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
         self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, image_size
         self.energy, self.criterion = energy, criterion

@@ -18,7 +18,7 @@ class Tokens:
     mask:Tensor  # (B, N) bool: True for a real token, False for padding behind a shorter image's tokens
     scores:Tensor|None  # (B, N) gates in [0, 1] if a scorer gave them, else None
     index:Tensor  # (B, N) int64: the place in the full sequence that the token comes from
-    padded:bool=True  # False if `mask` is known to be all True, so that attention needs no mask
+    padded:bool=True  # False promises that `mask` is all True, so that attention needs none
 
     @property
     def lengths(self)->Tensor:  # (B,) int64
@@ -37,9 +37,9 @@ def full_tokens(
 # %% ../nbs/01_tokens.ipynb #8a40449d
 def sinusoidal(
     n:int,  # number of places
-    dim:int  # width D of a token, even
-)->Tensor:  # (n, dim), float32 in [-1, 1]
+    embed_dim:int  # width D of a token, even
+)->Tensor:  # (n, embed_dim), float32 in [-1, 1]
     "The fixed position vectors of the original Transformer (Vaswani et al. 2017, section 3.5)"
-    if dim % 2: raise ValueError(f'dim: got {dim}; accepted: an even width, half for the sines and half for the cosines')
-    angle = torch.arange(n)[:, None] * 10000**(-torch.arange(0, dim, 2)/dim)
+    if embed_dim % 2: raise ValueError(f'embed_dim: got {embed_dim}; accepted: an even width, half for the sines and half for the cosines')
+    angle = torch.arange(n)[:, None] * 10000**(-torch.arange(0, embed_dim, 2)/embed_dim)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)

@@ -11,9 +11,9 @@ from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import check_grid, check_images
+from .images import check_grid, check_images, check_int, check_number
 from .tokens import Tokens, full_tokens, sinusoidal
-from .select import Mass, TopK, select
+from .select import Mass, TopK, check_keep, select
 
 # %% ../nbs/04_vit.ipynb #1e77dc9b
 class PatchTokenizer(nn.Module):
@@ -24,6 +24,7 @@ class PatchTokenizer(nn.Module):
         embed_dim:int=768  # width D of a token
     ):
         super().__init__()
+        check_int('embed_dim', embed_dim)
         self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, check_grid(image_size, patch_size)**2
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
@@ -41,7 +42,8 @@ class Attention(nn.Module):
         num_heads:int  # heads, a divisor of D
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads: raise ValueError(f'num_heads: got {num_heads}; accepted: a divisor of embed_dim, {dim}')
+        check_int('num_heads', num_heads)
+        if dim % num_heads: raise ValueError(f'num_heads: got {num_heads}; accepted: a divisor of embed_dim, {dim}')
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
 
@@ -63,7 +65,9 @@ class Block(nn.Module):
         drop_rate:float=0.  # dropout after every linear layer but qkv
     ):
         super().__init__()
-        hidden = int(dim*mlp_ratio)
+        check_number('mlp_ratio', mlp_ratio, '> 0', lambda r: 0 < r < float('inf'))
+        check_number('drop_rate', drop_rate, '0 <= drop_rate < 1', lambda r: 0 <= r < 1)
+        hidden = max(1, int(dim*mlp_ratio))
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), Attention(dim, num_heads), nn.LayerNorm(dim)
         self.drop = nn.Dropout(drop_rate)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(drop_rate), nn.Linear(hidden, dim))
@@ -93,12 +97,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
             raise ValueError(f"pos_embed: got {pos_embed!r}; accepted: 'sinusoidal', 'learned'")
+        check_int('depth', depth); check_int('n_classes', n_classes); check_keep(keep)
         self.tokenizer, self.keep, dim = tokenizer, keep, tokenizer.embed_dim
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)*.02)
         if pos_embed == 'learned': self.pos_embed = nn.Parameter(torch.randn(1 + tokenizer.n_tokens, dim)*.02)
         else: self.register_buffer('pos_embed', sinusoidal(1 + tokenizer.n_tokens, dim), persistent=False)
-        self.drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, drop_rate) for _ in range(depth)])
+        self.drop = nn.Dropout(drop_rate)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, 128), nn.ReLU(), nn.Linear(128, n_classes))
 
@@ -110,7 +115,9 @@ def embed(self:VisionTransformer,
     "All tokens, each with the position of its place added"
     t = self.tokenizer(x)
     pos = self.pos_embed
-    if t.x.shape[1] >= len(pos): pos = sinusoidal(1 + t.x.shape[1], t.x.shape[2]).to(pos)  # a larger image than planned
+    if t.x.shape[1] >= len(pos):  # a larger image than planned
+        if isinstance(pos, nn.Parameter): raise ValueError(f'images: got {t.x.shape[1]} tokens; accepted: up to {len(pos) - 1}, the learned positions')
+        pos = sinusoidal(1 + t.x.shape[1], t.x.shape[2]).to(pos)
     return replace(t, x=t.x + F.embedding(1 + t.index, pos))
 
 # %% ../nbs/04_vit.ipynb #610c3c72
