@@ -22,7 +22,7 @@ from fastai.data.load import DataLoader
 from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from .images import normalize
+from .images import imagenet_normalize
 
 # %% ../nbs/09_data.ipynb #7ba08ad5
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def train_side(
 def digits_data(
     image_size:int=32  # side M of the test images, in pixels
 )->ImageData:
-    "scikit-learn's digits, every fifth image of each class held for the test"
+    "scikit-learn's digits; a random fifth of each class, always the same one, is the test split"
     x, y = load_digits(return_X_y=True)
-    big = F.interpolate(torch.tensor(x).view(-1, 1, 8, 8)*255/16, image_size, mode='bilinear')
-    big = big.round().byte().movedim(1, -1).expand(-1, -1, -1, 3).numpy()
+    framed = F.pad(torch.tensor(x).view(-1, 1, 8, 8)*255/16, (1, 1, 1, 1))
+    def enlarged(rows, side):
+        big = F.interpolate(framed[rows], side, mode='bilinear').round().byte()
+        return Split(big.movedim(1, -1).repeat(1, 1, 1, 3).numpy(), y[rows])
     train, test = train_test_split(np.arange(len(y)), test_size=.2, stratify=y, random_state=0)
-    pad = image_size//16
-    bordered = np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return ImageData('digits', [str(i) for i in range(10)], Split(bordered, y[train]), Split(big[test].copy(), y[test]),
+    return ImageData('digits', [str(i) for i in range(10)], enlarged(train, train_side(image_size)), enlarged(test, image_size),
                      hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False)
 
 # %% ../nbs/09_data.ipynb #75b60f67
@@ -214,12 +214,12 @@ class ImageLoader(DataLoader):
         image_size:int,  # side M of the images that come out, in pixels
         train:bool=False,  # shuffle, crop at random, and drop the last incomplete batch
         flip:bool=True,  # mirror at random, in training
-        standard:bool=True,  # normalise by ImageNet's mean and standard deviation; else leave [0, 1]
+        normalize:bool=True,  # normalise by ImageNet's mean and standard deviation; else leave [0, 1]
         device:str|torch.device='cpu'  # on a GPU all images are kept there
     ):
         self.images, self.labels = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels)
         if torch.device(device).type == 'cuda': self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self.image_size, self.train, self.flip, self.standard = image_size, train, flip, standard
+        self.image_size, self.train, self.flip, self.normalize = image_size, train, flip, normalize
         super().__init__(range(len(split)), bs=bs, shuffle=train, drop_last=train and len(split) >= bs, device=torch.device(device))
 
     def create_batches(self, samps):
@@ -231,17 +231,18 @@ class ImageLoader(DataLoader):
         x, y = b
         if self.train: x = random_crop(x, self.image_size, self.flip)
         x = x.permute(0, 3, 1, 2).contiguous().float()/255
-        return normalize(x) if self.standard else x, y
+        return imagenet_normalize(x) if self.normalize else x, y
 
+# %% ../nbs/09_data.ipynb #0176f695
 def image_loaders(
     data:ImageData,
     bs:int,  # images in a training batch; four times as many are evaluated at once
-    standard:bool=True,  # normalise by ImageNet's mean and standard deviation; else leave [0, 1], as FFT wants it
+    normalize:bool=True,  # normalise by ImageNet's mean and standard deviation; else leave [0, 1], as FFT wants it
     device:str='cpu'
 )->DataLoaders:  # `train` shuffled, cropped and mirrored at random; `valid` the test split as it is
     "fastai loaders of a data set"
     size = data.test.images.shape[1]
-    loaders = [ImageLoader(s, b, size, train, data.flip, standard, device) for s, b, train in [(data.train, bs, True), (data.test, 4*bs, False)]]
+    loaders = [ImageLoader(s, b, size, train, data.flip, normalize, device) for s, b, train in [(data.train, bs, True), (data.test, 4*bs, False)]]
     dls = DataLoaders(*loaders, device=torch.device(device))
     dls.c, dls.vocab = len(data.classes), data.classes
     return dls

@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import check_grid, check_images, check_int, check_number
+from .images import patches_per_side, check_images, check_int, check_number
 from .tokens import Tokens
 from .stem import ConvStem
 
@@ -57,11 +57,11 @@ class FFTTokenizer(nn.Module):
         patch_size:int=16,  # side of the square of frequencies that becomes one token, a power of two
         embed_dim:int=768,  # width D of a token
         filter_size:int=None,  # static: the side s of the square, a multiple of `patch_size`; M if neither is given
-        energy:float=None,  # dynamic: the share p of the energy that each image's square holds, 0 < p <= 1
+        energy:float=None,  # dynamic: the share p of the log-scaled spectrum's energy that each image's square holds, 0 < p <= 1
         band:str='low'  # 'low', or 'high': the same crop of the unshifted spectrum, whose centre is its highest frequencies
     ):
         super().__init__()
-        self.n_tokens = check_grid(image_size, patch_size)**2
+        self.n_tokens = patches_per_side(image_size, patch_size)**2
         if filter_size is not None and energy is not None:
             raise ValueError(f'filter_size, energy: got {filter_size}, {energy}; accepted: one of them')
         if energy is not None: check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
@@ -97,8 +97,8 @@ def forward(self:FFTTokenizer,
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
     N = max(len(self.places(s)) for s in groups)
     out, index = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)
-    maps = self.stem(*[crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
-    for (s, rows), h in zip(groups.items(), maps if len(groups) > 1 else [maps]):
+    maps = self.stem.forward_groups([crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
+    for (s, rows), h in zip(groups.items(), maps):
         tokens, places = self.proj(h.flatten(2).mT), self.places(s)
         out[rows, :len(places)], index[rows, :len(places)] = tokens.to(out.dtype), places
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2

@@ -9,7 +9,7 @@ __all__ = ['MSVDTokenizer', 'Gated']
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from .images import check_grid, check_images, check_int
+from .images import patches_per_side, check_images, check_int
 from .tokens import Tokens, full_tokens
 from .stem import ConvStem
 
@@ -23,7 +23,7 @@ class MSVDTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('embed_dim', embed_dim)
-        self.embed_dim, self.patch_size, self.n_tokens = embed_dim, patch_size, check_grid(image_size, patch_size)**2
+        self.embed_dim, self.patch_size, self.n_tokens = embed_dim, patch_size, patches_per_side(image_size, patch_size)**2
         self.u, self.v = ConvStem(3, patch_size), ConvStem(3, patch_size)
         self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, embed_dim)
 
@@ -49,6 +49,6 @@ class Gated(nn.Module):
         x:Tensor  # images that the tokenizer takes
     )->Tokens:  # scores (B, N) in (0, 1), float32 or better, and 0 at padding
         t = self.tokenizer(x)
-        scores = self.scorer(t.x)[..., 0]
-        gates = scores.to(torch.promote_types(scores.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
+        logits = self.scorer(t.x)[..., 0]
+        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
         return replace(t, x=t.x*gates[..., None].to(t.x.dtype), scores=gates)

@@ -18,7 +18,7 @@ def load_experiments()->dict[str, dict]:  # run name -> model, args, normalize, 
     "Every training run of the tables, with the figures reported for its rows (`experiments.toml`)"
     return tomllib.loads((files('sigma_tokenizer')/'experiments.toml').read_text())
 
-def reported()->pd.DataFrame:  # one line a row: run, row, accuracy, f1, length; NaN where nothing was reported
+def reported()->pd.DataFrame:  # one line for each row: run, row, accuracy, f1, length; NaN where nothing was reported
     "The rows of all runs, in the tables' order"
     rows = [dict(run=run, **{c: row.get(c, math.nan) for c in ('row', 'accuracy', 'f1', 'length')})
             for run, e in load_experiments().items() for row in e['rows']]

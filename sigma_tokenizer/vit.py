@@ -11,7 +11,7 @@ from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import check_grid, check_images, check_int, check_number
+from .images import patches_per_side, check_images, check_int, check_number
 from .tokens import Tokens, full_tokens, sinusoidal
 from .select import Mass, TopK, check_keep, select
 
@@ -25,7 +25,7 @@ class PatchTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('embed_dim', embed_dim)
-        self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, check_grid(image_size, patch_size)**2
+        self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, patches_per_side(image_size, patch_size)**2
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self,
@@ -111,7 +111,7 @@ class VisionTransformer(nn.Module):
 @patch
 def embed(self:VisionTransformer,
     x:Tensor  # (B, 3, M, M) images
-)->Tokens:  # place 0 of the positions is the class token's, so a token's is 1 + index
+)->Tokens:  # (B, N, D), every token of the tokenizer; position 0 is the class token's, so a token's is 1 + index
     "All tokens, each with the position of its place added"
     t = self.tokenizer(x)
     pos = self.pos_embed
