@@ -43,6 +43,7 @@ class ImageData:
     fingerprint:str  # of the files' bytes: the same data set has the same one at every image size
     unreadable:list=field(default_factory=list)  # (file, reason) of each image left out
     flip:bool=True  # does a mirrored image keep its label?
+    bordered:bool=False  # are training images larger by a border, not by scale?
     evaluated:str='test'  # what `test` holds: 'test', or 'holdout', a part of the training split
 
 def train_side(
@@ -57,13 +58,12 @@ def digits_data(
 )->ImageData:
     "scikit-learn's digits; a random fifth of each class, always the same one, is the test split"
     x, y = load_digits(return_X_y=True)
-    framed = F.pad(torch.tensor(x).view(-1, 1, 8, 8)*255/16, (1, 1, 1, 1))
-    def enlarged(rows, side):
-        big = F.interpolate(framed[rows], side, mode='bilinear').round().byte()
-        return Split(big.movedim(1, -1).repeat(1, 1, 1, 3).numpy(), y[rows])
+    big = F.interpolate(torch.tensor(x).view(-1, 1, 8, 8)*255/16, image_size, mode='bilinear').round().byte()
+    big = big.movedim(1, -1).repeat(1, 1, 1, 3).numpy()
     train, test = train_test_split(np.arange(len(y)), test_size=.2, stratify=y, random_state=0)
-    return ImageData('digits', [str(i) for i in range(10)], enlarged(train, train_side(image_size)), enlarged(test, image_size),
-                     hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False)
+    pad = image_size//16
+    return ImageData('digits', [str(i) for i in range(10)], Split(np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0))), y[train]),
+                     Split(big[test], y[test]), hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False, bordered=True)
 
 # %% ../nbs/09_data.ipynb #75b60f67
 _splits = [('seg_train', 'seg_test'), ('train', 'valid'), ('train', 'val'), ('train', 'test')]
@@ -189,8 +189,10 @@ def hold_out(
     if not 0 < share < 1: raise ValueError(f'share: got {share}; accepted: 0 < share < 1')
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
-    small = [np.asarray(Image.fromarray(im).resize((side, side), Image.Resampling.BILINEAR)) for im in data.train.images[held]]
-    return replace(data, train=Split(data.train.images[train], y[train]), test=Split(np.stack(small), y[held]), evaluated='holdout')
+    images, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
+    if data.bordered: small = images[:, cut:cut+side, cut:cut+side]
+    else: small = np.stack([np.asarray(Image.fromarray(im).resize((side, side), Image.Resampling.BILINEAR)) for im in images])
+    return replace(data, train=Split(data.train.images[train], y[train]), test=Split(small, y[held]), evaluated='holdout')
 
 # %% ../nbs/09_data.ipynb #ee753035
 def random_crop(
