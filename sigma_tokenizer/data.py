@@ -22,7 +22,7 @@ from fastai.data.load import DataLoader
 from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from .images import imagenet_normalize
+from .images import check_number, imagenet_normalize
 
 # %% ../nbs/09_data.ipynb #7ba08ad5
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def decode(
     try:
         with Image.open(file) as im:
             return np.asarray(ImageOps.exif_transpose(im).convert('RGB').resize((side, side), Image.Resampling.BILINEAR))
-    except Exception as e: return f'{type(e).__name__}: {e}'
+    except Exception as e: return f'{type(e).__name__}: {e}'.replace(str(file), file.name)
 
 # %% ../nbs/09_data.ipynb #8d23be7f
 def cached_images(
@@ -121,7 +121,7 @@ def cached_images(
         new = Path(tempfile.mkdtemp(dir=home, prefix='.'))
         try:
             _decode_all(root, files, side, new)
-            new.rename(cache)
+            if not cache.exists(): new.rename(cache)  # another process may have been faster
         finally: shutil.rmtree(new, ignore_errors=True)
     return np.load(cache/'images.npy', mmap_mode='c'), json.loads((cache/'meta.json').read_text())
 
@@ -129,7 +129,9 @@ def _decode_all(root, files, side, out):
     "Write `images.npy` and `meta.json` into the folder `out`"
     images = np.lib.format.open_memmap(out/'images.npy', 'w+', np.uint8, (len(files), side, side, 3))
     digest, kept, unreadable = hashlib.sha256(), [], []
-    def work(f): return f.read_bytes(), decode(f, side)
+    def work(f):
+        im = decode(f, side)
+        return (b'' if isinstance(im, str) else f.read_bytes()), im
     print(f'decoding {len(files)} images to {side} pixels, this once')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, (raw, im) in enumerate(progress_bar(pool.map(work, files), total=len(files), leave=False)):
@@ -186,7 +188,7 @@ def hold_out(
     share:float  # of the training images, 0 < share < 1
 )->ImageData:  # with `evaluated='holdout'`
     "Train on a part of the training split, evaluate on the rest of it, and leave the test split alone"
-    if not 0 < share < 1: raise ValueError(f'share: got {share}; accepted: 0 < share < 1')
+    check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
     images, cut = data.train.images[held], (data.train.images.shape[1] - side)//2

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
+from .images import check_int
 from .select import Mass, TopK
 from .models import create_model, list_models
 from .data import ImageData, hold_out, image_loaders, load_data
@@ -46,7 +47,8 @@ def run_config(
     args = dict(experiment.get('args', {}))
     if 'filter_size' in args: args['filter_size'] = args['filter_size']*model['image_size']//256
     defaults = {k: v for k, v in preset['train'].items() if not isinstance(v, dict)}
-    train = defaults | preset['train'].get(experiment['model'], {}) | ({'epochs': epochs} if epochs else {})
+    train = defaults | preset['train'].get(experiment['model'], {}) | ({} if epochs is None else {'epochs': epochs})
+    check_int('epochs', train['epochs'])
     return dict(model=dict(name=experiment['model'], **model, **args), train=train,
                 alpha=experiment.get('alpha', 0.), normalize=experiment.get('normalize', True))
 
@@ -132,8 +134,11 @@ def reproduce(
     settings, out = load_preset(preset), Path(out or f'runs/{preset}')
     todo = plan(settings, methods, seeds)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try: torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
     dataset = load_data(data or settings['data'], settings['model']['image_size'])
-    if holdout: dataset = hold_out(dataset, holdout)
+    if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(todo)} runs on {device}, results in {out}\n'
           'reported figures: Intel scenes at 256 pixels, ViT-B\n')
