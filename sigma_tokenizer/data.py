@@ -65,8 +65,8 @@ def digits_data(
     return ImageData('digits', [str(i) for i in range(10)], Split(np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0))), y[train]),
                      Split(big[test], y[test]), hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False, bordered=True)
 
-# %% ../nbs/09_data.ipynb #75b60f67
-_splits = [('seg_train', 'seg_test'), ('train', 'valid'), ('train', 'val'), ('train', 'test')]
+# %% ../nbs/09_data.ipynb #c874e941
+_splits = [('seg_train', 'seg_test'), ('train', 'test'), ('train', 'valid'), ('train', 'val')]
 _suffixes = {'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm'}
 
 def _subdirs(d): return sorted(p for p in d.iterdir() if p.is_dir() and not p.name.startswith('.'))
@@ -77,7 +77,7 @@ def find_splits(
     "Where the splits of a folder are"
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f'data: no folder {path}; accepted: a folder that holds {_splits[0][0]}/ and {_splits[0][1]}/, '
-                                                  'or train/ and valid/ (or val/, test/), each with a folder for every class')
+                                                  'or train/ and test/ (or valid/, val/), each with a folder for every class')
     for names in _splits:
         found = [path/n for n in names]
         if all(p.is_dir() for p in found): return tuple(p/p.name if (p/p.name).is_dir() else p for p in found)

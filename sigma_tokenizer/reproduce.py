@@ -11,16 +11,19 @@ import json, subprocess, sys, time, tomllib
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
+from shutil import which
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
-from .images import check_int
+from .images import check_int, check_number
 from .select import Mass, TopK
 from .models import create_model, list_models
 from .data import ImageData, hold_out, image_loaders, load_data
 from .training import create_learner, evaluate, metrics, train
-from .results import load_experiments, load_result, result_path, result_table, save_result, table_lines, write_summary
+from .results import load_experiments, load_result, load_results, result_path, result_table, save_result, table_lines, write_summary
 
 # %% ../nbs/12_reproduce.ipynb #26d36282
 _presets = files('sigma_tokenizer')/'presets'
@@ -67,16 +70,19 @@ def run_rows(
 # %% ../nbs/12_reproduce.ipynb #43660d30
 def plan(
     preset:dict,  # `load_preset`
-    methods:list[str]=None,  # runs, or models for all of their runs in the preset; None for all of the preset
+    methods:list[str]=None,  # runs; 'fft' and 'svd' for all of theirs in the preset; None for all of the preset
     seeds:list[int]=None  # instead of the preset's
 )->list[tuple[str, int]]:  # run, seed
     "What is to be run, in order"
     experiments = load_experiments()
     if unknown := set(methods or []) - set(experiments) - set(list_models()):
         raise ValueError(f'methods: got {", ".join(sorted(unknown))}; accepted: a model ({", ".join(list_models())}) or a run ({", ".join(experiments)})')
+    for seed in seeds or []: check_int('seeds', seed, 0)
     runs = preset['runs'] if methods is None else [r for m in methods for r in
         ([m] if m in experiments else [r for r in preset['runs'] if experiments[r]['model'] == m])]
-    return [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds) for run in dict.fromkeys(runs)]
+    todo = [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds) for run in dict.fromkeys(runs)]
+    if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; accepted: at least one of each')
+    return todo
 
 # %% ../nbs/12_reproduce.ipynb #384aa7ab
 def provenance(
@@ -84,12 +90,13 @@ def provenance(
 )->dict:  # commit, versions, device
     "What made the numbers: commit (where the package is, or was installed from, a git checkout), versions, and hardware"
     here = Path(str(files('sigma_tokenizer'))).parent
-    source = json.loads(metadata.distribution('sigma_tokenizer').read_text('direct_url.json') or '{}').get('url', '')
-    where = here if (here/'.git').exists() else Path(source.removeprefix('file://'))
-    git = subprocess.run(['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], capture_output=True, text=True)
+    url = json.loads(metadata.distribution('sigma_tokenizer').read_text('direct_url.json') or '{}').get('url', '')
+    where = here if (here/'.git').exists() else Path(url2pathname(urlparse(url).path))
+    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if which('git') and (where/'.git').exists() else ''
     versions = {p: metadata.version(p) for p in ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn', 'numpy', 'pillow')}
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
-    return dict(commit=git.stdout.strip() or None, versions=dict(python=sys.version.split()[0], **versions), device=name)
+    return dict(commit=commit or None, versions=dict(python=sys.version.split()[0], **versions), device=name)
 
 def run_once(
     run:str,  # a run of `experiments.toml`
@@ -133,33 +140,41 @@ def reproduce(
     "Train what is asked, evaluate every row, write results, table and picture"
     settings, out = load_preset(preset), Path(out or f'runs/{preset}')
     todo = plan(settings, methods, seeds)
+    configs = {run: run_config(settings, run, epochs) for run, _ in todo}
+    if holdout is not None: check_number('holdout', holdout, '0 < holdout < 1', lambda s: 0 < s < 1)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
     dataset = load_data(data or settings['data'], settings['model']['image_size'])
     if holdout is not None: dataset = hold_out(dataset, holdout)
+    out.mkdir(parents=True, exist_ok=True)
+    for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(todo)} runs on {device}, results in {out}\n'
           'reported figures: Intel scenes at 256 pixels, ViT-B\n')
     for i, (run, seed) in enumerate(todo):
-        config, path = run_config(settings, run, epochs), result_path(out, run, seed)
-        if path.exists(): result = _check_same(load_result(path), config, dataset, path)
+        path = result_path(out, run, seed)
+        if path.exists(): result = load_result(path)
         else:
             print(f'\n[{i+1}/{len(todo)}] {run}, seed {seed}')
-            result = run_once(run, config, seed, dataset, device)
-            save_result(out, result); write_summary(out, f'ours ({dataset.name}, {config["model"]["image_size"]} pixels)')
+            result = run_once(run, configs[run], seed, dataset, device)
+            save_result(out, result)
         print('\n'.join(table_lines(result_table([result]))[0 if i == 0 else 2:]))
-    table = write_summary(out, f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)')
+        table = write_summary(out, f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)')
     print(f'\n{len(todo)} runs; table.md, table.csv and tokens_vs_accuracy.png are in {out}')
     return table
 
-def _check_same(result, config, data, path):
-    "The result, if it came from these settings and data"
-    was, now = result['config'] | {'data': result['data']}, json.loads(json.dumps(config | {'data': describe(data)}))
+def _check_same(result, config, data, out):
+    "Refuse a result of other data than these or, where its run is asked for (`config`), of other settings or rows"
+    keys = ('evaluated', 'fingerprint', 'train', 'test')
+    now, was = [{'data': {k: d.get(k) for k in keys}} for d in (describe(data), result['data'])]
+    if config:
+        now |= config | {'rows': [row for row, _, _ in run_rows(result['run'], config)]}
+        was |= result['config'] | {'rows': [row['row'] for row in result['rows']]}
     if differ := [f'{k}: {was.get(k)} there, {now[k]} asked' for k in now if was.get(k) != now[k]]:
-        raise ValueError(f'{path} holds a run with other settings ({"; ".join(differ)}); name another --out, or delete it')
-    return result
+        raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run with other settings ({"; ".join(differ)}); '
+                         'name another --out, or delete it')
 
 # %% ../nbs/12_reproduce.ipynb #dc9ed4d3
 @call_parse
@@ -174,5 +189,6 @@ def sigma_reproduce(
     out:str=None  # folder of the results (default: runs/PRESET)
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
-    try: reproduce(preset, data, methods and methods.split(','), seeds and [int(s) for s in seeds.split(',')], epochs, holdout, device, out)
-    except (ValueError, FileNotFoundError) as e: sys.exit(f'sigma_reproduce: {e}')
+    def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
+    try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdigit() else s for s in items(seeds)], epochs, holdout, device, out)
+    except (ValueError, OSError) as e: sys.exit(f'sigma_reproduce: {e}')

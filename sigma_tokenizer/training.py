@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GateLoss', 'NoValidation', 'create_learner', 'EpochTimer', 'train', 'evaluate', 'metrics']
 
-# %% ../nbs/10_training.ipynb #de93eaa7
-import time
+# %% ../nbs/10_training.ipynb #774f9e5a
+import math, time
 from functools import partial
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ class GateLoss(Callback):
     def before_fit(self): self.hook = self.model.tokenizer.register_forward_hook(self._see)
 
     def _see(self, module, inp, tokens):
-        if tokens.scores is None: raise ValueError(f'alpha: got {self.alpha}; accepted: 0, as {type(module).__name__} gives no gates')
-        self.mean_gate = tokens.scores.sum()/tokens.mask.sum()
+        self.mean_gate = None if tokens.scores is None else tokens.scores.sum()/tokens.mask.sum()
 
     def after_loss(self):
         if not self.training: return
+        if self.mean_gate is None:
+            raise ValueError(f'alpha: got {self.alpha}; accepted: 0, as {type(self.model.tokenizer).__name__} gives no gates')
         self.learn.loss_grad = self.learn.loss_grad + self.alpha*self.mean_gate
         self.learn.loss = self.learn.loss_grad.clone()
 
@@ -70,13 +71,13 @@ def train(
     epochs:int,
     lr:float,  # peak learning rate
     schedule:str  # 'one_cycle' or 'constant'
-)->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included), train_accuracy, seconds
+)->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included; None if it is not finite), train_accuracy, seconds
     "Fit, and give back the log"
     if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
     timer = EpochTimer()
     if schedule == 'one_cycle': learn.fit_one_cycle(epochs, lr, cbs=timer)
     else: learn.fit(epochs, lr, cbs=timer)
-    return [dict(epoch=i, train_loss=loss, train_accuracy=acc, seconds=s)
+    return [dict(epoch=i, train_loss=loss if math.isfinite(loss) else None, train_accuracy=acc, seconds=s)
             for i, ((loss, acc, *_), s) in enumerate(zip(learn.recorder.values, timer.seconds))]
 
 # %% ../nbs/10_training.ipynb #644cb33b
@@ -84,7 +85,7 @@ def train(
 def evaluate(
     model:VisionTransformer,
     loader,  # batches (x, y), in a fixed order
-    budgets:list[TopK|Mass|None]=(None,)  # each is evaluated on the same tokens
+    budgets:list[TopK|Mass|None]=(None,)  # each is evaluated on the same tokens; None keeps all
 )->tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:  # labels (n,); for each budget predictions (n,), lengths (n,)
     "One pass over the images, for all budgets"
     model.eval()
