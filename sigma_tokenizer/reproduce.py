@@ -165,6 +165,7 @@ def reproduce(
     print(f'\n{len(todo)} runs; table.md, table.csv and tokens_vs_accuracy.png are in {out}')
     return table
 
+# %% ../nbs/12_reproduce.ipynb #f575910c
 def _check_same(result, config, data, out):
     "Refuse a result of other data than these or, where its run is asked for (`config`), of other settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
