@@ -153,15 +153,16 @@ def reproduce(
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(todo)} runs on {device}, results in {out}\n'
           'reported figures: Intel scenes at 256 pixels, ViT-B\n')
+    title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
     for i, (run, seed) in enumerate(todo):
         path = result_path(out, run, seed)
         if path.exists(): result = load_result(path)
         else:
             print(f'\n[{i+1}/{len(todo)}] {run}, seed {seed}')
             result = run_once(run, configs[run], seed, dataset, device)
-            save_result(out, result)
+            save_result(out, result); write_summary(out, title)
         print('\n'.join(table_lines(result_table([result]))[0 if i == 0 else 2:]))
-        table = write_summary(out, f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)')
+    table = write_summary(out, title)
     print(f'\n{len(todo)} runs; table.md, table.csv and tokens_vs_accuracy.png are in {out}')
     return table
 
