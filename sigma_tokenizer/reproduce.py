@@ -45,7 +45,7 @@ def run_jobs(
 
 # %% ../nbs/13_reproduce.ipynb #df9701c9
 def reproduce(
-    preset:str='quick',  # one of `list_presets()`
+    preset:str='quick',  # one of `list_presets()`, or the path of a TOML file like theirs
     data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
     methods:list[str]=None,  # runs of `experiments.toml`; 'fft' and 'svd' for all of theirs; all of the preset if None
     seeds:list[int]=None,  # the preset's if None
@@ -58,7 +58,7 @@ def reproduce(
     check:bool=False  # instead: two steps of every run at full size, and no results
 )->pd.DataFrame:  # `result_table` of all results in `out`
     "Train what is asked, evaluate every row, write results, table and picture"
-    start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{preset}')
+    start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{Path(preset).stem}')
     todo = plan(settings, methods, seeds)
     configs = {run: run_config(settings, run, epochs) for run, _ in todo}
     if holdout is not None: check_number('holdout', holdout, '0 < holdout < 1', lambda s: 0 < s < 1)
@@ -113,7 +113,7 @@ def _check_same(result, config, data, out):
 # %% ../nbs/13_reproduce.ipynb #93da9a1c
 @call_parse
 def sigma_reproduce(
-    preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores) or paper (ViT-B at 256 pixels, a GPU)
+    preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores), paper (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
     data:str=None,  # digits, intel, or the path of a folder with a training and a test split (default: the preset's)
     methods:str=None,  # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
     seeds:str=None,  # seeds, separated by commas (default: the preset's)

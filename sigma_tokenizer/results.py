@@ -72,6 +72,7 @@ def load_result(
     "Read one run's result"
     try: result = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path} is no result file: {e}') from None
+    if isinstance(result, dict): result.setdefault('gates', None)  # the first results had none
     if not isinstance(result, dict) or (missing := [f for f in _fields if f not in result]):
         raise ValueError(f'{path} is no result file: no {", ".join(missing) if isinstance(result, dict) else "fields"}')
     return result

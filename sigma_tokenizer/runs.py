@@ -35,11 +35,11 @@ def list_presets()->list[str]:
     return sorted(p.name.removesuffix('.toml') for p in _presets.iterdir() if p.name.endswith('.toml'))
 
 def load_preset(
-    name:str  # one of `list_presets()`
+    name:str  # one of `list_presets()`, or the path of a TOML file like theirs
 )->dict:  # data, runs, seeds, repeat, model, train
     "A preset's settings"
-    if name not in list_presets(): raise ValueError(f'preset: got {name!r}; accepted: {", ".join(list_presets())}')
-    return tomllib.loads((_presets/f'{name}.toml').read_text())
+    if name not in list_presets() and not Path(name).is_file(): raise ValueError(f'preset: got {name!r}; accepted: {", ".join(list_presets())}, or a file')
+    return tomllib.loads((_presets/f'{name}.toml' if name in list_presets() else Path(name)).read_text())
 
 # %% ../nbs/12_runs.ipynb #79d460ab
 def run_config(
