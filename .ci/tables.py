@@ -6,18 +6,23 @@
 A row's figures are computed from the kept predictions, the tables from the rows, and the experiment notebooks (20 to 29, and index) are executed. Pictures are drawn again but not compared: their
 bytes depend on fonts.
 """
-import os, sys, tempfile, warnings
+import os, re, sys, tempfile, warnings
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from sigma_tokenizer.results import load_predictions, load_results, metrics, result_path, write_summary
+from sigma_tokenizer.runs import load_preset, plan
 
 root, write, wrong = Path(__file__).parent.parent, '--write' in sys.argv, []
 
 def check_rows(folder):
-    "Every row of every result against the predictions kept beside it"
-    for r in load_results(folder):
+    "Every result is one of its preset, of one data set and a committed state; its rows are what the predictions beside it give"
+    results, runs = load_results(folder), plan(load_preset(folder.name))
+    for r in results:
         path = result_path(folder, r['run'], r['seed'])
+        if (r['run'], r['seed']) not in runs: wrong.append(f'{path}: not a run of the preset {folder.name}')
+        if not re.fullmatch('[0-9a-f]{40}', r['commit'] or ''): wrong.append(f'{path}: commit {r["commit"]}')
+        if r['data']['fingerprint'] != results[0]['data']['fingerprint']: wrong.append(f'{path}: other data')
         kept = load_predictions(path)
         for row, preds, lengths in zip(r['rows'], kept['preds'], kept['lengths'], strict=True):
             now = metrics(kept['labels'], preds, lengths)

@@ -38,6 +38,7 @@ def paired(
 )->dict:  # a, b, difference in accuracy (A - B), its 95% interval low and high, by_seed, and p of McNemar's test for the first seed
     "Is A better than B on the same images?  Averaged over the seeds that both have"
     A, B = row_predictions(out, a), row_predictions(out, b)
+    if any(not np.array_equal(x['labels'], y['labels']) for x in A.values() for y in B.values()): raise ValueError(f'rows: {a!r} and {b!r} were evaluated on other images; accepted: rows of the same test split')
     if not (seeds := sorted(set(A) & set(B))): raise ValueError(f'rows: {a!r} has seeds {list(A)}, {b!r} {list(B)}; accepted: rows with a seed in common')
     right = lambda rows: np.stack([rows[s]['preds'] == rows[s]['labels'] for s in seeds])
     ra, rb = right(A), right(B)
@@ -52,20 +53,24 @@ def paired_lines(
 )->list[str]:  # Markdown
     "The tests as a table"
     p = lambda v: f'{v:.2f}' if v >= .01 else f'{v:.0e}'
-    return ['| A | B | A - B | 95% interval | of each seed | McNemar p |', '|---|---|---:|---:|---|---:|',
+    return ['| A | B | A - B | 95% interval | of each seed | McNemar p, first seed |', '|---|---|---:|---:|---|---:|',
             *[f'| {t["a"]} | {t["b"]} | {t["difference"]:+.3f} | {t["low"]:+.3f} to {t["high"]:+.3f} | {", ".join(f"{d:+.3f}" for d in t["by_seed"])} | {p(t["p"])} |' for t in tests]]
 
 # %% ../nbs/14_compare.ipynb #3716e7bb
 def comparison(
     results:str|Path='results',  # the folder with a folder for each preset
-    scales:tuple=('paper', 'small')
-)->pd.DataFrame:  # indexed by row, in the order of `experiments.toml`; columns (scale, accuracy | f1 | length), and (scale, spread | seeds) for ours
+    scales:tuple=('paper', 'small')  # presets
+)->pd.DataFrame:  # indexed by row, in the order of `experiments.toml`; columns (scale, accuracy | f1 | length), and (scale, spread | seeds | setting) for ours
     "Every row at every scale, NaN where there is no figure"
     tables = {'reported': reported()[['accuracy', 'f1', 'length']]}
     for scale in scales:
         t = result_table(load_results(Path(results)/scale)).set_index('row').rename(columns={'mean_length': 'length'})
-        tables[scale] = t[['accuracy', 'f1', 'length', 'spread', 'seeds']].reindex(reported().index)
+        tables[scale] = t[['accuracy', 'f1', 'length', 'spread', 'seeds', 'setting']].reindex(reported().index)
     return pd.concat(tables, axis=1)
+
+_scales = {  # label, colour, marker
+    'reported': ('reported (256 pixels, ViT-B)', 'black', 'o'), 'paper': ('ours, paper scale', '#0072B2', 's'),
+    'small': ('ours, small scale', '#D55E00', 'D'), 'small_half': ('ours, small scale, half as long', '#E69F00', 'v')}
 
 def comparison_lines(
     table:pd.DataFrame  # `comparison`, or some rows of it
@@ -76,9 +81,9 @@ def comparison_lines(
         if math.isnan(r.accuracy): return '-'
         spread = f' ± {r.spread:.3f}' if r.get('seeds', 1) > 1 else ''
         digits = 2 if scale == 'reported' else 3
-        return ' / '.join([f'{r.accuracy:.{digits}f}{spread}', '-' if math.isnan(r.f1) else f'{r.f1:.{digits}f}', '-' if math.isnan(r.length) else f'{r.length:.1f}'])
-    head = {'reported': 'reported (256 pixels, ViT-B)', 'paper': 'ours, paper scale', 'small': 'ours, small scale'}
-    return ['| row | ' + ' | '.join(head[s] for s in scales) + ' |', '|---|' + '---|'*len(scales),
+        figures = [f'{r.accuracy:.{digits}f}{spread}', '-' if math.isnan(r.f1) else f'{r.f1:.{digits}f}', '-' if math.isnan(r.length) else f'{r.length:.1f}']
+        return ' / '.join(figures) + (f' ({r.setting})' if r.get('setting') else '')
+    return ['| row | ' + ' | '.join(_scales[s][0] for s in scales) + ' |', '|---|' + '---|'*len(scales),
             *[f'| {row} | ' + ' | '.join(cell(table.loc[row, s], s) for s in scales) + ' |' for row in table.index]]
 
 def plot_rows(
@@ -87,7 +92,7 @@ def plot_rows(
     "A dot for each figure: reported and ours"
     fig, ax = plt.subplots(figsize=(6.4, .8 + .24*len(table)), layout='constrained', dpi=80)
     y = np.arange(len(table))[::-1]
-    for scale, colour, marker, label in [('reported', 'black', 'o', 'reported'), ('paper', '#0072B2', 's', 'ours, paper scale'), ('small', '#D55E00', 'D', 'ours, small scale')]:
+    for scale, (label, colour, marker) in _scales.items():
         if scale in table and table[scale].accuracy.notna().any():
             ax.errorbar(table[scale].accuracy, y, xerr=table[scale].get('spread'), color=colour, marker=marker, ls='none', ms=6, mfc='none' if scale == 'reported' else colour, label=label)
     ax.set(yticks=y, yticklabels=table.index, ylim=(-.7, len(table) - .3), xlabel='accuracy', xlim=(0, 1)); ax.grid(axis='x', alpha=.3)

@@ -20,6 +20,7 @@ from .runs import describe, load_preset, plan, run_config, run_job, run_rows
 # %% ../nbs/13_reproduce.ipynb #1fb5d68c
 def _in_process(job, log, jobs):
     "Do one job in a process of its own; whether it was done before the deadline"
+    if time.time() > job['deadline']: return False
     threads = {} if jobs == 1 else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
     code = 'import sys, json; from sigma_tokenizer.runs import run_job; sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)'
     with open(log, 'a') as f: rc = subprocess.run([sys.executable, '-c', code, json.dumps(job)], stdout=f, stderr=f, env=os.environ | threads).returncode
@@ -35,12 +36,13 @@ def run_jobs(
         for job in todo:
             print(f'\n{job["run"]}, seed {job["seed"]}'); yield job, run_job(**job)
         return
-    failed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs): job for job in todo}
+    failed, pool = [], ThreadPoolExecutor(jobs)
+    waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs): job for job in todo}
+    try:
         for future in as_completed(waiting):
             if error := future.exception(): failed.append(str(error)); print(error)
             else: yield waiting[future], future.result()
+    finally: pool.shutdown(cancel_futures=True)  # an interrupt begins no further job
     if failed: raise RuntimeError('; '.join(failed))
 
 # %% ../nbs/13_reproduce.ipynb #df9701c9
@@ -80,7 +82,9 @@ def reproduce(
         if check or not done: continue
         print('\n'.join(table_lines(result_table([load_result(result_path(out, job['run'], job['seed']))]))[2:]), flush=True)
         write_summary(out, title)
-    return _finish(out, title, todo, check, (time.time() - start)/60)
+    minutes = (time.time() - start)/60
+    if check: print(f'\nall runs work here; {minutes:.1f} minutes')
+    return result_table(load_results(out)) if check else _finish(out, title, todo, minutes)
 
 def _device(device):
     "The device, tried"
@@ -90,12 +94,11 @@ def _device(device):
         raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
     return device
 
-def _finish(out, title, todo, check, minutes):
+def _finish(out, title, todo, minutes):
     "Write the summary of all results, and say what is still to do"
     table, left = write_summary(out, title), [job for job in todo if not result_path(out, *job).exists()]
-    if check: print(f'\nall runs work here; {minutes:.1f} minutes')
-    else: print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; table.md, table.csv and tokens_vs_accuracy.png are in {out}' +
-                (f'\nstill to do: {", ".join(f"{run} (seed {seed})" for run, seed in left)}' if left else ''))
+    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; table.md, table.csv and tokens_vs_accuracy.png are in {out}' +
+          (f'\nstill to do: {", ".join(f"{run} (seed {seed})" for run, seed in left)}' if left else ''))
     return table
 
 # %% ../nbs/13_reproduce.ipynb #d30aefc3
@@ -113,7 +116,7 @@ def _check_same(result, config, data, out):
 # %% ../nbs/13_reproduce.ipynb #93da9a1c
 @call_parse
 def sigma_reproduce(
-    preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores), paper (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
+    preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores), small_half (its ablations of the gates' price), paper (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
     data:str=None,  # digits, intel, or the path of a folder with a training and a test split (default: the preset's)
     methods:str=None,  # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
     seeds:str=None,  # seeds, separated by commas (default: the preset's)

@@ -123,7 +123,7 @@ _families = [  # label, pattern of the rows' names, colour, marker, line
     ('FFT, high-pass', r'FFT \(high', '#CC79A7', '<', '-'),
     ('SVD, squared', r'SVD .*squared', '#E69F00', 'o', '-'), ('SVD, linear', r'SVD .*linear', '#E69F00', 'p', ':'),
     ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'), ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
-    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
+    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
 
 def plot_tokens(
     table:pd.DataFrame,  # `result_table`

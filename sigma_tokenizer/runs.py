@@ -24,7 +24,7 @@ from .stem import ConvStem
 from .vit import Block, VisionTransformer
 from .models import create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
-from .training import BFloat16, GateLoss, RandomBudget, autocast, create_learner, evaluate, gini_index, train
+from .training import BFloat16, GateLoss, RandomBudget, create_learner, evaluate, gini_index, train
 from .results import load_experiments, load_predictions, load_result, metrics, result_path, save_result
 
 # %% ../nbs/12_runs.ipynb #a07f8720
@@ -135,23 +135,24 @@ def run_once(
     deadline:float=math.inf  # as `time.time()` tells it: no epoch is begun that would end later
 )->tuple[dict, dict]|None:  # result and predictions as `save_result` takes them; None if the deadline came first
     "Train one model and evaluate it for all its rows"
-    start, source, t = time.perf_counter(), provenance(device), config['train']  # before training: the files may change while it lasts
-    made_of = json.dumps([run, config, seed, describe(data), str(device)])
+    source, t = provenance(device), config['train']  # before training: the files may change while it lasts
+    made_of = json.dumps([run, config, seed, describe(data), str(device), source])
     set_seed(seed, reproducible=True)
     dls = image_loaders(data, t['batch_size'], config['normalize'], device)
     model = create_model(**config['model'], n_classes=dls.c).to(device)
     if t['compile']:
+        torch.compiler.reset()
         for part in model.modules():
             if isinstance(part, (Block, ConvStem)): part.compile()
     learn = create_learner(model, dls, t['wd'], callbacks(config))
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline)
     if len(epochs) < t['epochs']: return None
-    names, keeps, settings = zip(*run_rows(run, config))
-    with autocast(device, t['precision']):
-        labels, preds, lengths, gates = evaluate(model, dls.valid, keeps)
-        summary = None if gates is None else gate_summary(model, gates, config['model']['image_size'], config['normalize'])
+    trained, (names, keeps, settings) = time.perf_counter(), zip(*run_rows(run, config))
+    labels, preds, lengths, gates = evaluate(model, dls.valid, keeps)
+    summary = None if gates is None else gate_summary(model, gates, config['model']['image_size'], config['normalize'])
     rows = [dict(row=n, setting=s, **metrics(labels, p, l)) for n, s, p, l in zip(names, settings, preds, lengths)]
-    return (dict(run=run, seed=seed, config=config, data=describe(data), **source, seconds=round(time.perf_counter() - start, 1), epochs=epochs,
+    seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took
+    return (dict(run=run, seed=seed, config=config, data=describe(data), **source, seconds=round(seconds, 1), epochs=epochs,
                  gates=summary, rows=rows), dict(labels=labels, preds=preds, lengths=lengths))
 
 def callbacks(

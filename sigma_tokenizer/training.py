@@ -115,7 +115,7 @@ def _set_random_states(learn, states):
 
 # %% ../nbs/10_training.ipynb #5f8bf806
 class Epochs(Callback):
-    "Log each epoch in `log`, keep a checkpoint, and stop when the next epoch would end after the deadline"
+    "Log each epoch in `log`, keep a checkpoint, and begin no epoch that would end after the deadline, if it takes as long as the last"
     order = 80  # after the recorder, and after what skips the epochs that were done before
     def __init__(self,
         path:str|Path=None,  # the checkpoint; none is kept if None
@@ -127,13 +127,14 @@ class Epochs(Callback):
         "Go on from the checkpoint if there is one; the number of epochs done"
         if self.path is None or not self.path.exists(): return 0
         saved = torch.load(self.path, map_location='cpu', weights_only=True)
-        if saved['made_of'] != self.made_of: raise ValueError(f'{self.path} is the checkpoint of a run with other settings or data; name another --out, or delete it')
+        if saved['made_of'] != self.made_of: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
         learn.create_opt()
         learn.model.load_state_dict(saved['model']); learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
         self.log, self.saved = saved['log'], saved
         return len(self.log)
 
     def before_epoch(self):
+        if self.log and time.time() + self.log[-1]['seconds'] > self.deadline: raise CancelFitException()
         self.start = time.perf_counter()
         if self.saved:
             _set_random_states(self.learn, self.saved['random'])
@@ -150,7 +151,6 @@ class Epochs(Callback):
         loss, acc, *_ = self.recorder.values[-1]
         self.log.append(dict(epoch=self.epoch, train_loss=loss if math.isfinite(loss) else None, train_accuracy=acc, seconds=self.seconds))
         if self.path: self.save()
-        if self.epoch + 1 < self.n_epoch and time.time() + self.seconds > self.deadline: raise CancelFitException()
 
     def save(self):
         smooth = self.recorder.smooth_loss
