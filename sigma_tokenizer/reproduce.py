@@ -86,6 +86,7 @@ def reproduce(
     if check: print(f'\nall runs work here; {minutes:.1f} minutes')
     return result_table(load_results(out)) if check else _finish(out, title, todo, minutes)
 
+# %% ../nbs/13_reproduce.ipynb #b1597eb9
 def _device(device):
     "The device, tried"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')

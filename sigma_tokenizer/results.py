@@ -66,6 +66,7 @@ def save_result(
     os.replace(new, path)
     return path
 
+# %% ../nbs/11_results.ipynb #1ea3610d
 def load_result(
     path:str|Path
 )->dict:
