@@ -198,16 +198,16 @@ def hold_out(
 
 # %% ../nbs/09_data.ipynb #ee753035
 def random_crop(
-    x:Tensor,  # (B, S, S, 3)
+    images:Tensor|list[Tensor],  # (S, S, 3) each
     size:int,  # side M of the crop, at most S
     flip:bool=True  # mirror each image left-right with probability 1/2
 )->Tensor:  # (B, M, M, 3)
     "A random square of each image, perhaps mirrored"
-    B, S = x.shape[:2]; d = x.device
-    top, left = torch.randint(S - size + 1, (2, B, 1), device=d)
-    rows, cols = top + torch.arange(size, device=d), left + torch.arange(size, device=d)
-    if flip: cols = torch.where(torch.rand(B, 1, device=d) < .5, cols.flip(1), cols)
-    return x[torch.arange(B, device=d)[:, None, None], rows[:, :, None], cols[:, None]]
+    B, S = len(images), len(images[0])
+    top, left = torch.randint(S - size + 1, (2, B, 1))[..., 0].tolist()
+    crops = [im[i:i+size, j:j+size] for im, i, j in zip(images, top, left)]
+    if flip: crops = [c.flip(1) if mirrored else c for c, mirrored in zip(crops, (torch.rand(B) < .5).tolist())]
+    return torch.stack(crops)
 
 # %% ../nbs/09_data.ipynb #d3997acd
 class ImageLoader(DataLoader):
@@ -224,18 +224,19 @@ class ImageLoader(DataLoader):
         self.images, self.labels = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels)
         if torch.device(device).type == 'cuda': self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.image_size, self.train, self.flip, self.normalize = image_size, train, flip, normalize
+        self.shift = imagenet_normalize(torch.zeros(3, 1, 1, device=device))
+        self.scale = (imagenet_normalize(torch.ones(3, 1, 1, device=device)) - self.shift)/255
         super().__init__(range(len(split)), bs=bs, shuffle=train, drop_last=train and len(split) >= bs, device=torch.device(device))
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
-            idx = torch.tensor(idx, device=self.images.device)
-            yield self.images[idx], self.labels[idx]
+            images = [self.images[i] for i in idx]
+            yield random_crop(images, self.image_size, self.flip) if self.train else torch.stack(images), self.labels[idx]
 
     def after_batch(self, b):
         x, y = b
-        if self.train: x = random_crop(x, self.image_size, self.flip)
-        x = x.permute(0, 3, 1, 2).contiguous().float()/255
-        return imagenet_normalize(x) if self.normalize else x, y
+        x = x.permute(0, 3, 1, 2).contiguous().float()
+        return x.mul_(self.scale).add_(self.shift) if self.normalize else x.div_(255), y
 
 # %% ../nbs/09_data.ipynb #0176f695
 def image_loaders(

@@ -35,8 +35,13 @@ class ConvStem(nn.Module):
     def forward(self,
         x:Tensor  # (B, C, s, s)
     )->Tensor:  # (B, C p^2, s/p, s/p)
+        x = self.laid_out(x)
         for block in self.blocks: x = block(x)
         return self.mix(x)
+
+    def laid_out(self, x):
+        "In evaluation with the channels of a pixel side by side: on a CPU the convolutions take three quarters of the time. In training BatchNorm would lose more than they gain"
+        return x if self.training else x.contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/03_stem.ipynb #f24a7bc8
 def norm_together(
@@ -54,6 +59,7 @@ def forward_groups(self:ConvStem,
     xs:list[Tensor]  # the parts of one batch, each (B, C, s, s) with its own B and s
 )->list[Tensor]:  # each (B, C p^2, s/p, s/p)
     "The stem of each part, with BatchNorm over all of them"
+    xs = [self.laid_out(x) for x in xs]
     for conv, norm, act, fold in self.blocks: xs = [fold(act(h)) for h in norm_together(norm, [conv(x) for x in xs])]
     return [self.mix(x) for x in xs]
 
