@@ -33,7 +33,7 @@ def _left_vectors(x, S, V):
     "u = Xv/sigma; zero where sigma is"
     return x.double() @ V / S.clamp(min=1e-100)[..., None, :]
 
-def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # a matrix in one piece: channels_last would copy it at each product
 
 @torch.no_grad()
 def singular_triplets(
@@ -83,7 +83,8 @@ def _orthonormal(
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=1e-30).rsqrt()
     L, failed = torch.linalg.cholesky_ex(gram*scale[..., None]*scale[..., None, :] + 3e-6*one)
     back = scale[..., None]*torch.linalg.solve_triangular(L.mT, one.expand_as(L), upper=True)
-    return torch.where(failed[..., None, None] > 0, before, Y @ back)
+    Q = Y @ back
+    return torch.where(failed[..., None, None] > 0, before, Q) if failed.any() else Q
 
 @torch.no_grad()
 def leading_triplets(
@@ -177,6 +178,9 @@ class SVDTokenizer(nn.Module):
         check_images(x, self.proj.weight, size=self.image_size)
         U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         root = S[..., None, :].sqrt()
-        pairs = torch.cat([U*root, V*root], -2)  # (B, C, 2M, N)
+        pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)
         index = torch.arange(S.shape[-1], device=x.device).expand(len(x), -1)
-        return Tokens(self.proj(pairs.flatten(1, 2).mT.to(x.dtype)), index < k[:, None], None, index)
+        real = index < k[:, None]
+        tokens = x.new_zeros(*real.shape, self.embed_dim)
+        tokens[real] = self.proj(pairs[real].to(x.dtype)).to(x.dtype)
+        return Tokens(tokens, real, None, index)
