@@ -190,9 +190,15 @@ def bench_encoders(
     calls = {'ours': (N, lambda: vit.encode(t)), 'separate heads': (N, lambda: vit.norm(plain(withclass))[:, 0]),
              f'ours, k={k}': (k, lambda: gated.encode(select(g, TopK(k)))), f'separate heads, k={k}, zeros for the rest': (N, lambda: vit.norm(plain(zeros))[:, 0])}
     if timm is not None: timm.to(device); calls['timm'] = N, lambda: timm.norm(timm.blocks(withclass))[:, 0]
+    calls['matrix products alone'] = N, lambda: _products(vit, withclass)
     for r in (N//32, N//16): calls[f'token merging, r={r}'] = N - r*depth, lambda r=r: vit.norm(tome_encoder(vit, withclass, r))[:, 0]
     seconds = in_turns({name: call for name, (_, call) in calls.items()}, repeats, device)
     return [dict(encoder=name, batch_size=len(x), tokens=n + 1, ms=median_ms(seconds[name]), gflop=round(count_flops(call)/len(x)/1e9, 5)) for name, (n, call) in calls.items()]
+def _products(model, x):
+    "The linear layers of our encoder, each with an input of the right size"
+    for b in model.blocks:
+        few, weight = (x[:, :1], b.attn.qkv.weight[x.shape[-1]:]) if b is model.blocks[-1] else (x, b.attn.qkv.weight)
+        F.linear(x, weight); b.attn.proj(few); b.mlp[-1](b.mlp[0](few))
 
 # %% ../nbs/16_bench.ipynb #e4684599
 def bench_svd(
