@@ -46,15 +46,18 @@ def singular_triplets(
         U, V = _one_sign(_left_vectors(x, S, V), V)
         return U.to(x), S.to(x), V.to(x)
 
-# %% ../nbs/06_svd.ipynb #bedbb14b
+# %% ../nbs/06_svd.ipynb #c9019c8a
+def _check(p, criterion, name='p'):
+    check_number(name, p, f'0 < {name} <= 1', lambda p: 0 < p <= 1)
+    if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
+
 def energy_rank(
     S:Tensor,  # (B, C, M) singular values, largest first
     p:float,  # share of the total to hold, 0 < p <= 1
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->Tensor:  # (B,) int64 ranks, 1 to M
     "The smallest rank whose singular values hold at least a share `p` of the total over all channels"
-    check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1)
-    if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
+    _check(p, criterion)
     held = (S.double()**2 if criterion == 'squared' else S.double()).sum(1).cumsum(1)
     return (held < p*held[:, -1:]).sum(1) + 1
 
@@ -65,13 +68,13 @@ def start_basis(
     q:int,  # columns, at most M
     device:torch.device=torch.device('cpu')
 )->Tensor:  # (M, q) float32, columns orthonormal
-    "The lowest q//2 frequencies of the cosine transform (DCT-II), and the sums of every (q - q//2)-th of the others"
-    frequency = torch.arange(M, device=device)
+    "The lowest q//2 frequencies of the cosine transform (DCT-II), then sums of the others, every (q - q//2)-th in one, with random signs"
+    frequency = torch.arange(M)
     waves = (math.pi/M*(frequency.double()[:, None] + .5)*frequency).cos()
-    waves = waves/torch.linalg.vector_norm(waves, dim=0)
+    signs = torch.randint(2, (M,), generator=torch.Generator().manual_seed(0))*2 - 1
     fold = torch.where(frequency < q//2, frequency, q//2 + (frequency - q//2) % (q - q//2))
-    basis = torch.zeros(M, q, dtype=torch.float64, device=device).index_add(1, fold, waves)
-    return (basis/torch.linalg.vector_norm(basis, dim=0)).float()
+    basis = torch.zeros(M, q, dtype=torch.float64).index_add(1, fold, signs*waves/torch.linalg.vector_norm(waves, dim=0))
+    return (basis/torch.linalg.vector_norm(basis, dim=0)).float().to(device)
 
 # %% ../nbs/06_svd.ipynb #fd4b614d
 def _orthonormal(
@@ -93,6 +96,8 @@ def leading_triplets(
     steps:int=6  # of the power iteration
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q) and the residuals ||X^T u - sigma v|| (..., q)
     "Approximate leading singular triplets, in float32 or better; signs as they come"
+    check_int('q', q); check_int('steps', steps)
+    if q > x.shape[-1]: raise ValueError(f'q: got {q}; accepted: up to {x.shape[-1]}, the side of the matrices')
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)
         Q = start_basis(x.shape[-1], q, x.device).to(x).expand(*x.shape[:-1], q)
@@ -113,7 +118,7 @@ def sure_rank(
     "Ranks from leading triplets alone, and whether to trust them"
     held = S.double().square().sum(1).cumsum(1)/total[:, None]
     k = (held < p).sum(1) + 1
-    at = (torch.stack([k - 2, k - 1], 1)).clamp(0, S.shape[-1] - 1)
+    at = torch.stack([k - 2, k - 1], 1).clamp(0, S.shape[-1] - 1)
     clear = ((held.gather(1, at) - p).abs() > 5e-6).all(1)
     worst = residual.amax(1).cummax(1)[0].gather(1, at[:, 1:])[:, 0]
     return k, (k <= S.shape[-1]) & clear & (worst <= 1e-4*total.sqrt())
@@ -125,6 +130,7 @@ def kept_triplets(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (B, C, M, N), S (B, C, N), V (B, C, M, N), N the largest rank; (B,) int64 ranks
     "The triplets that `energy_rank` asks for, in float32 or better; an image of lower rank than N is filled up with zeros"
+    _check(p, criterion)
     with torch.autocast(x.device.type, enabled=False):
         x, todo, parts = _at_least_float32(x), torch.arange(len(x), device=x.device), []
         total = x.square().sum((2, 3)).double().sum(1)
@@ -166,8 +172,7 @@ class SVDTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('image_size', image_size); check_int('embed_dim', embed_dim)
-        check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
-        if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
+        _check(energy, criterion, 'energy')
         self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, image_size
         self.energy, self.criterion = energy, criterion
         self.proj = nn.Linear(2*3*image_size, embed_dim)
