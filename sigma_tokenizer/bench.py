@@ -37,17 +37,17 @@ from .peers import plain_encoder, plain_svd_tokens, tome_encoder, zero_padded
 # %% ../nbs/16_bench.ipynb #8ec99fab
 def in_turns(
     calls:dict,  # name -> function without arguments
-    repeats:int=5,  # rounds, after one to warm up
+    repeats:int=5,  # rounds
     device:str='cpu'  # a GPU is waited for
 )->dict[str, list[float]]:  # seconds of each round
-    "Time all calls, one after the other, round after round"
+    "Time all calls, one after the other, round after round; each runs twice and the second run counts, so that memory and caches are its own"
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     seconds = {name: [] for name in calls}
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
-            wait(); start = time.perf_counter()
+            call(); wait(); start = time.perf_counter()
             call(); wait()
-            if i: seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 def median_ms(seconds): return round(1e3*float(np.median(seconds)), 4)
@@ -226,9 +226,9 @@ def check_ranks(
     ranks, held = {('squared', .9): [], ('squared', .95): [], ('squared', .99): [], ('linear', .9): []}, {'squared': [], 'linear': []}
     for part in np.array_split(images, max(1, len(images)//50)):
         x = imagenet_normalize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float()/255)
-        S = torch.linalg.svdvals(x.double())
+        S = torch.linalg.svdvals(x.double().cpu())
         for criterion, power in (('squared', 2), ('linear', 1)):
-            total = (S**power).sum(1).cumsum(1); held[criterion].append((total/total[:, -1:]).cpu())
+            total = (S**power).sum(1).cumsum(1); held[criterion].append(total/total[:, -1:])
         for (criterion, p), ks in ranks.items(): ks.append(kept_triplets(x, p, criterion)[3].cpu())
     rows = []
     for (criterion, p), ks in ranks.items():

@@ -54,10 +54,12 @@ class Attention(nn.Module):
         packing:'Packing|None'=None,  # where the sequences of a packed `x` lie
         first:bool=False  # only what the first token of each sequence gets
     )->Tensor:  # (B, N, D), (T, D) if packed; (B, 1, D), (B, D) with `first`
-        heads, D = (self.num_heads, -1), x.shape[-1]
-        if first: q, kv = [F.linear(h, w, b) for h, w, b in zip((first_tokens(x, packing), x), self.qkv.weight.split([D, 2*D]), self.qkv.bias.split([D, 2*D]))]
-        else: q, kv = self.qkv(x).split([D, 2*D], -1)
-        q, (k, v) = q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads)).unbind(-3)
+        parts = [x.shape[-1], 2*x.shape[-1]]
+        if first:
+            (wq, wkv), (bq, bkv) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
+            q, kv = F.linear(first_tokens(x, packing), wq, bq), F.linear(x, wkv, bkv)
+        else: q, kv = self.qkv(x).split(parts, -1)
+        q, (k, v) = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         if packing is not None: return self.proj(packing.attend(q, k, v).flatten(1))
         x = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), attn_mask=None if mask is None else mask[:, None, None])
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -117,6 +119,7 @@ class Packing:
         half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
         return x.device.type == 'cpu' or x.is_cuda and half and varlen_attn is not None
 
+    @torch.compiler.disable  # lengths are numbers of their own in every batch: compiled, each would be a program of its own
     def attend(self,
         q:Tensor,  # (T, h, d), or (B, h, d): the first token of each sequence alone
         k:Tensor,  # (T, h, d)
@@ -131,7 +134,6 @@ class Packing:
         starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) if first else self.starts
         return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, self.starts, 1 if first else self.lengths[-1], self.lengths[-1])
 
-@torch.compiler.disable
 def _attend_runs(q, k, v, lengths):
     "Attention within each sequence, those of equal length together"
     runs = Counter(lengths); per = [n*(1 if len(q) < len(k) else length) for length, n in runs.items()]
