@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['in_turns', 'median_ms', 'count_flops', 'peak_memory', 'bench_images', 'spread_gates', 'bench_models', 'encode_padded',
            'budgets', 'bench_methods', 'timm_vit', 'bench_encoders', 'bench_svd', 'check_ranks', 'PILFolder',
-           'bench_data', 'bench_training', 'sigma_bench']
+           'bench_data', 'bench_training', 'processor', 'sigma_bench']
 
-# %% ../nbs/16_bench.ipynb #7921e7f3
-import json, os, time
+# %% ../nbs/16_bench.ipynb #a4deb0a9
+import json, os, platform, time
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 import numpy as np
@@ -22,12 +24,12 @@ from torchvision import transforms
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from PIL import Image
-from .images import imagenet_normalize, sample_photos
+from .images import check_int, imagenet_normalize, sample_photos
 from .tokens import Tokens
 from .select import Mass, TopK, select
 from .stem import ConvStem
 from .vit import Block, VisionTransformer
-from .svd import SVDTokenizer, kept_triplets
+from .svd import SVDTokenizer, kept_triplets, leading_triplets, sure_rank
 from .models import create_model
 from .data import find_splits, image_loaders, list_images, load_data, random_crop, train_side
 from .training import autocast
@@ -69,7 +71,7 @@ def peak_memory(
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report each start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: call()
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
-    return int(max(0, *np.cumsum([0] + [n for _, n in events])))
+    return int(np.cumsum([0] + [n for _, n in events]).max())
 
 # %% ../nbs/16_bench.ipynb #e58b1b24
 def bench_images(
@@ -102,13 +104,10 @@ def bench_models(
     device:str
 )->dict[str, tuple[VisionTransformer, bool]]:  # name -> model in evaluation, does it take normalised images?
     "A model of every method"
-    M = size['image_size']
-    args = dict(vit={}, vit_conv={}, msvd={}, msvd_gated={}) | {f's={s*M//256}': dict(filter_size=s*M//256) for s in (64, 128, 256)} | {'p=0.95': dict(energy=.95)}
-    args |= {f'p={p:.2f} squared': dict(energy=p) for p in (.9, .95, .99)} | {'p=0.90 linear': dict(energy=.9, criterion='linear')}
-    models = {}
-    for name, kw in args.items():
-        kind = name if not kw else 'svd' if ' ' in name else 'fft'
-        models[name if not kw else f'{kind} {name}'] = create_model(kind, **size, **kw).eval().to(device), kind != 'fft'
+    sides = [s*size['image_size']//256 for s in (64, 128, 256)]
+    methods = [*((name, name, {}) for name in ('vit', 'vit_conv', 'msvd', 'msvd_gated')), *((f'fft s={s}', 'fft', dict(filter_size=s)) for s in sides), ('fft p=0.95', 'fft', dict(energy=.95)),
+               *((f'svd p={p:.2f} squared', 'svd', dict(energy=p)) for p in (.9, .95, .99)), ('svd p=0.90 linear', 'svd', dict(energy=.9, criterion='linear'))]
+    models = {label: (create_model(name, **size, **kw).eval().to(device), name != 'fft') for label, name, kw in methods}
     spread_gates(models['msvd_gated'][0], imagenet_normalize(images.to(device)))
     return models
 
@@ -200,41 +199,47 @@ def _products(model, x):
         few, weight = (x[:, :1], b.attn.qkv.weight[x.shape[-1]:]) if b is model.blocks[-1] else (x, b.attn.qkv.weight)
         F.linear(x, weight); b.attn.proj(few); b.mlp[-1](b.mlp[0](few))
 
-# %% ../nbs/16_bench.ipynb #e4684599
+# %% ../nbs/16_bench.ipynb #6cd857ac
+@torch.no_grad()
 def bench_svd(
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device
     embed_dim:int,
     device:str='cpu',
     repeats:int=5
-)->list[dict]:  # criterion, p, batch_size, ours_ms, loop_ms (squared only)
+)->list[dict]:  # criterion, p, batch_size, ours_ms, loop_ms
     "SVD tokens of one batch, and the loop over images"
     x, rows, calls = imagenet_normalize(images), [], {}
     for criterion, p in [('squared', .9), ('squared', .95), ('squared', .99), ('linear', .9)]:
         tokenizer = SVDTokenizer(x.shape[-1], embed_dim, p, criterion).to(device)
         rows.append(dict(criterion=criterion, p=p, batch_size=len(x)))
-        calls[criterion, p] = lambda t=tokenizer: t(x)
-        if criterion == 'squared': calls['loop', p] = lambda t=tokenizer: plain_svd_tokens(t, x)
+        calls[criterion, p, 'ours'] = lambda t=tokenizer: t(x)
+        calls[criterion, p, 'loop'] = lambda t=tokenizer: plain_svd_tokens(t, x)
     seconds = in_turns(calls, repeats, device)
-    for r in rows: r |= dict(ours_ms=median_ms(seconds[r['criterion'], r['p']]), loop_ms=median_ms(seconds['loop', r['p']]) if r['criterion'] == 'squared' else None)
+    for r in rows: r |= {f'{who}_ms': median_ms(seconds[r['criterion'], r['p'], who]) for who in ('ours', 'loop')}
     return rows
 
 def check_ranks(
     images,  # (n, M, M, 3) uint8
     device:str='cpu'
-)->list[dict]:  # criterion, p, images, differ, differ_clearly (the float64 share is not within 1e-5 of p)
+)->list[dict]:  # criterion, p, images, differ, differ_clearly (no float64 share within 1e-5 of p), mean_rank, certified (images by width of the block)
     "Ranks of the tokenizer against those of a decomposition in float64"
     ranks, held = {('squared', .9): [], ('squared', .95): [], ('squared', .99): [], ('linear', .9): []}, {'squared': [], 'linear': []}
+    blocks = {images.shape[1]//part: {p: [] for p in (.9, .95, .99)} for part in (8, 4)}
     for part in np.array_split(images, max(1, len(images)//50)):
         x = imagenet_normalize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float()/255)
         S = torch.linalg.svdvals(x.double().cpu())
         for criterion, power in (('squared', 2), ('linear', 1)):
             total = (S**power).sum(1).cumsum(1); held[criterion].append(total/total[:, -1:])
         for (criterion, p), ks in ranks.items(): ks.append(kept_triplets(x, p, criterion)[3].cpu())
+        for q, found in blocks.items():
+            _, S, _, residual = leading_triplets(x, q)
+            for p in found: found[p].append(sure_rank(S, residual, x.square().sum((2, 3)).double().sum(1), p)[1].cpu())
     rows = []
     for (criterion, p), ks in ranks.items():
         share, k = torch.cat(held[criterion]), torch.cat(ks)
         wrong = k != (share < p).sum(1) + 1
-        rows.append(dict(criterion=criterion, p=p, images=len(k), differ=wrong.sum().item(), differ_clearly=(wrong & ((share - p).abs().amin(1) > 1e-5)).sum().item(), mean_rank=round(k.double().mean().item(), 2)))
+        rows.append(dict(criterion=criterion, p=p, images=len(k), differ=wrong.sum().item(), differ_clearly=(wrong & ((share - p).abs().amin(1) > 1e-5)).sum().item(), mean_rank=round(k.double().mean().item(), 2),
+                         certified={q: torch.cat(found[p]).sum().item() for q, found in blocks.items()} if criterion == 'squared' else {}))
     return rows
 
 # %% ../nbs/16_bench.ipynb #1d690092
@@ -254,18 +259,20 @@ def bench_data(
     data:str,  # 'intel', or the path of a folder
     size:int,  # side M of the images, in pixels
     bs:int,  # images in a batch
-    workers:int,  # processes of the usual path
     device:str='cpu',
     repeats:int=3,
     n:int=1024  # images a round
-)->dict:  # batch_size, ours and usual (images/s), workers
-    "Images a second of our training loader, and of the usual path, both after a first epoch: files and decoded images in the system's cache"
+)->dict:  # image_size, batch_size, processes; ours, usual (one process), usual_parallel: images/s
+    "Images a second of our training loader, and of the usual path, all after a first epoch: files and decoded images in the system's cache"
     loader = image_loaders(load_data(data, size), bs, device=device).train
     loader.images.view(-1)[::4096].sum()
-    files = list_images(find_splits(data)[0])[0]; some = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:n]]
-    usual, batches = DataLoader(PILFolder(some, size), bs, num_workers=workers, persistent_workers=workers > 0), (b for _ in count() for b in loader)
-    seconds = in_turns(dict(ours=lambda: sum(len(next(batches)[0]) for _ in range(n//bs)), usual=lambda: sum(len(x.to(device)) for x in usual)), repeats, device)
-    return dict(image_size=size, batch_size=bs, workers=workers, ours=round(n//bs*bs/float(np.median(seconds["ours"])), 1), usual=round(len(some)/float(np.median(seconds["usual"])), 1))
+    batches = (b for _ in count() for b in loader)
+    files = list_images(find_splits(data)[0])[0]; some = PILFolder([files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:n]], size)
+    processes = torch.get_num_threads()
+    usual = {name: DataLoader(some, bs, num_workers=w, persistent_workers=w > 0) for name, w in (('usual', 0), ('usual_parallel', processes))}
+    calls = {name: lambda dl=dl: sum(len(x.to(device)) for x in dl) for name, dl in usual.items()}
+    seconds = in_turns(dict(ours=lambda: sum(len(next(batches)[0]) for _ in range(n//bs))) | calls, repeats, device)
+    return dict(image_size=size, batch_size=bs, processes=processes) | {name: round((n//bs*bs if name == 'ours' else len(some))/float(np.median(s)), 1) for name, s in seconds.items()}
 
 # %% ../nbs/16_bench.ipynb #4cb29ae0
 def bench_training(
@@ -281,15 +288,22 @@ def bench_training(
     rows, calls = [], {}
     for method, keep in [('vit', None), ('msvd_gated', None), ('msvd_gated', TopK((size['image_size']//size['patch_size'])**2//4))]:
         model = create_model(method, **size).to(device); opt = torch.optim.AdamW(model.parameters(), 1e-4)
-        if compiled: [m.compile() for m in model.modules() if isinstance(m, (Block, ConvStem))]
+        for part in model.modules():
+            if compiled and isinstance(part, (Block, ConvStem)): part.compile()
         def step(model=model, opt=opt, keep=keep):
             with autocast(device, precision): loss = F.cross_entropy(model(x, keep), y)
             loss.backward(); opt.step(); opt.zero_grad()
         rows.append(dict(method=method, kept='all' if keep is None else f'k={keep.k}', batch_size=len(x), compiled=compiled)); calls[len(calls)] = step
-    for r, seconds in zip(rows, in_turns(calls, repeats, device).values()): r |= dict(ms=median_ms(seconds), images_per_s=round(len(x)/np.median(seconds), 2))
+    for r, seconds in zip(rows, in_turns(calls, repeats, device).values()): r |= dict(ms=median_ms(seconds), images_per_s=round(len(x)/float(np.median(seconds)), 2))
     return rows
 
-# %% ../nbs/16_bench.ipynb #68a40604
+# %% ../nbs/16_bench.ipynb #21958764
+def processor()->str:
+    "The name of the processor, or of its architecture where the system does not tell"
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else platform.machine()
+
 @call_parse
 def sigma_bench(
     preset:str='small',  # whose size to measure: a preset of `sigma_reproduce`
@@ -301,13 +315,16 @@ def sigma_bench(
     out:str='runs/speed'  # folder of the results
 ):
     "Time, memory and FLOPs of every method and budget beside their peers; writes OUT/PRESET-DEVICE-PRECISION.json"
-    settings, sizes = load_preset(preset), [int(b) for b in batch_sizes.split(',')]
+    settings, sizes = load_preset(preset), [int(b) if b.isdigit() else b for b in batch_sizes.split(',')]
+    for b in sizes: check_int('batch_sizes', b)
     size, compiled = settings['model'], torch.device(device).type == 'cuda' and settings['train']['compile']
-    set_seed(0, reproducible=False)
+    set_seed(0)
     images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
     models = bench_models(size, images[:8], device)
-    result = dict(preset=preset, precision=precision, model=size, images=data and Path(data).name or 'sample photographs', threads=torch.get_num_threads(), repeats=repeats, **provenance(device))
-    with torch.no_grad(), autocast(device, precision):
+    result = dict(preset=preset, precision=precision, model=size, images=data and Path(data).name or 'sample photographs', processor=processor(), repeats=repeats, **provenance(device))
+    if find_spec('timm'): result['versions']['timm'] = metadata.version('timm')
+    else: print("timm is not installed, so its ViT is left out: pip install 'sigma_tokenizer[timm]'")
+    with torch.no_grad(), autocast(device, precision):  # one context for all calls, as a loop over a test set has it: weights are cast once
         result['methods'] = [row for b in sizes for row in bench_methods(models, images[:b], device, repeats)]; _say(result['methods'])
         result['encoders'] = [row for b in sizes for row in bench_encoders(models, size, images[:b], device, repeats)]; _say(result['encoders'])
     del models
@@ -315,8 +332,8 @@ def sigma_bench(
     result['svd'] = bench_svd(images[:32], size['embed_dim'], device, repeats); _say(result['svd'])
     if data:
         result['ranks'] = check_ranks(load_data(data, size['image_size']).test.images, device); _say(result['ranks'])
-        result['data'] = [bench_data(data, size['image_size'], settings['train']['batch_size'], w, device) for w in (0, torch.get_num_threads())]; _say(result['data'])
-    path = Path(out)/f'{preset}-{torch.device(device).type}-{precision}.json'
+        result['data'] = [bench_data(data, size['image_size'], settings['train']['batch_size'], device)]; _say(result['data'])
+    path = Path(out)/f'{Path(preset).stem}-{torch.device(device).type}-{precision}.json'
     path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(result, indent=1) + '\n')
     print(path)
 

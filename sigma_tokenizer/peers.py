@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Head', 'SeparateHeads', 'plain_encoder', 'zero_padded', 'plain_svd_tokens', 'merge_plan', 'merge_tokens',
-           'tome_encoder']
+           'tome_block', 'tome_encoder']
 
 # %% ../nbs/15_peers.ipynb #35b5004f
 import torch
@@ -53,7 +53,7 @@ def plain_encoder(
     model:VisionTransformer  # whose weights to use
 )->nn.Sequential:  # (B, 1 + N, D), the class token first -> the same shape
     "The blocks of a model, each with separate heads"
-    return nn.Sequential(*[SeparateHeads(b) for b in model.blocks]).eval()
+    return nn.Sequential(*[SeparateHeads(b) for b in model.blocks])
 
 # %% ../nbs/15_peers.ipynb #acb0ea12
 def zero_padded(
@@ -86,6 +86,7 @@ def merge_plan(
     r:int  # tokens to merge away, at most half of those but the class token
 )->tuple[Tensor, Tensor, Tensor]:  # indices: among the tokens at even places (B, ceil(N/2) - r) stay and (B, r) go; (B, r) where they go, among those at odd places
     "Which tokens merge into which: bipartite soft matching; the class token stays"
+    if not 0 <= r < (keys.shape[1] + 1)//2: raise ValueError(f'r: got {r}; accepted: 0 to {(keys.shape[1] + 1)//2 - 1}, half of the {keys.shape[1]} tokens but the class token')
     keys = F.normalize(keys, dim=-1)
     likeness = keys[:, ::2] @ keys[:, 1::2].mT
     likeness[:, 0] = -torch.inf
@@ -102,19 +103,27 @@ def merge_tokens(
     even, odd = x[:, ::2], x[:, 1::2]
     return torch.cat([even.gather(1, stay), odd.scatter_add(1, where, even.gather(1, go))], 1)
 
+def tome_block(
+    block:Block,  # in evaluation
+    x:Tensor,  # (B, N, D), the class token first
+    size:Tensor,  # (B, N, 1): how many tokens each one stands for
+    r:int  # tokens to merge away
+)->tuple[Tensor, Tensor]:  # (B, N - r, D), (B, N - r, 1)
+    "A block with token merging between attention and MLP"
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    h = F.scaled_dot_product_attention(*qkv, attn_mask=size.log().mT[:, None].to(qkv.dtype))
+    x = x + block.attn.proj(h.transpose(1, 2).flatten(2))
+    plan = merge_plan(qkv[1].mean(1), r)
+    merged = merge_tokens(size, plan)
+    x = merge_tokens(x*size, plan)/merged
+    return x + block.mlp(block.norm2(x)), merged
+
 def tome_encoder(
-    model:VisionTransformer,  # whose weights to use
+    model:VisionTransformer,  # whose weights to use, in evaluation
     x:Tensor,  # (B, 1 + N, D), the class token first
     r:int  # tokens to merge away in every block
 )->Tensor:  # (B, 1 + N - r*depth, D)
-    "The blocks of a model with token merging between attention and MLP"
+    "The blocks of a model with token merging"
     size = x.new_ones(*x.shape[:2], 1)
-    for b in model.blocks:
-        qkv = b.attn.qkv(b.norm1(x)).unflatten(-1, (3, b.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(*qkv, attn_mask=size.log().mT[:, None].to(qkv.dtype))
-        x = x + b.attn.proj(h.transpose(1, 2).flatten(2))
-        plan = merge_plan(qkv[1].mean(1), r)
-        size, total = merge_tokens(size, plan), merge_tokens(x*size, plan)
-        x = total/size
-        x = x + b.mlp(b.norm2(x))
+    for block in model.blocks: x, size = tome_block(block, x, size, r)
     return x

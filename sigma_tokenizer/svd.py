@@ -31,7 +31,7 @@ def _gram_spectrum(x):
 
 def _left_vectors(x, S, V):
     "u = Xv/sigma; zero where sigma is"
-    return x.double() @ V / S.clamp(min=1e-100)[..., None, :]
+    return x.double() @ V * torch.where(S > 0, 1/S, 0)[..., None, :]
 
 def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # a matrix in one piece: channels_last would copy it at each product
 
@@ -69,22 +69,24 @@ def start_basis(
     device:torch.device=torch.device('cpu')
 )->Tensor:  # (M, q) float32, columns orthonormal
     "The lowest q//2 frequencies of the cosine transform (DCT-II), then sums of the others, every (q - q//2)-th in one, with random signs"
-    frequency = torch.arange(M)
-    waves = (math.pi/M*(frequency.double()[:, None] + .5)*frequency).cos()
-    signs = torch.randint(2, (M,), generator=torch.Generator().manual_seed(0))*2 - 1
-    fold = torch.where(frequency < q//2, frequency, q//2 + (frequency - q//2) % (q - q//2))
-    basis = torch.zeros(M, q, dtype=torch.float64).index_add(1, fold, signs*waves/torch.linalg.vector_norm(waves, dim=0))
-    return (basis/torch.linalg.vector_norm(basis, dim=0)).float().to(device)
+    with torch.device('cpu'):
+        frequency = torch.arange(M)
+        waves = (math.pi/M*(frequency.double()[:, None] + .5)*frequency).cos()
+        signs = torch.randint(2, (M,), generator=torch.Generator().manual_seed(0))*2 - 1
+        fold = torch.where(frequency < q//2, frequency, q//2 + (frequency - q//2) % (q - q//2))
+        basis = torch.zeros(M, q, dtype=torch.float64).index_add(1, fold, signs*waves/torch.linalg.vector_norm(waves, dim=0))
+        return (basis/torch.linalg.vector_norm(basis, dim=0)).float().to(device)
 
 # %% ../nbs/06_svd.ipynb #fd4b614d
 def _orthonormal(
     Y,  # (..., M, q)
-    before  # (..., M, q), what to keep where Cholesky's factor does not exist
+    before,  # (..., M, q), what to keep where Cholesky's factor does not exist
+    shift=25  # in roundings; 0 for columns that are nearly orthonormal
 ):
     "An orthonormal basis of the span of Y's columns"
     gram, one = Y.mT @ Y, torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=1e-30).rsqrt()
-    L, failed = torch.linalg.cholesky_ex(gram*scale[..., None]*scale[..., None, :] + 3e-6*one)
+    L, failed = torch.linalg.cholesky_ex(gram*scale[..., None]*scale[..., None, :] + shift*torch.finfo(Y.dtype).eps*one)
     back = scale[..., None]*torch.linalg.solve_triangular(L.mT, one.expand_as(L), upper=True)
     Q = Y @ back
     return torch.where(failed[..., None, None] > 0, before, Q) if failed.any() else Q
@@ -102,10 +104,11 @@ def leading_triplets(
         x = _at_least_float32(x)
         Q = start_basis(x.shape[-1], q, x.device).to(x).expand(*x.shape[:-1], q)
         for _ in range(steps): Q = _orthonormal(x.mT @ (x @ Q), Q)
+        Q = _orthonormal(Q, Q, shift=0)
         Y = x @ Q
         lam, W = torch.linalg.eigh((Y.mT @ Y).double())  # Rayleigh-Ritz: the best triplets within the block
         S, W = lam.flip(-1).clamp(min=0).sqrt().to(x), W.flip(-1).to(x)
-        U, V = Y @ W / S.clamp(min=1e-30)[..., None, :], Q @ W
+        U, V = Y @ W * torch.where(S > 0, 1/S, 0)[..., None, :], Q @ W
         return U, S, V, torch.linalg.vector_norm(x.mT @ U - V*S[..., None, :], dim=-2)
 
 # %% ../nbs/06_svd.ipynb #8d90b230
@@ -116,10 +119,13 @@ def sure_rank(
     p:float  # share of the total to hold, 0 < p <= 1
 )->tuple[Tensor, Tensor]:  # (B,) int64 ranks by the squared criterion; (B,) bool: which of them are certain
     "Ranks from leading triplets alone, and whether to trust them"
-    held = S.double().square().sum(1).cumsum(1)/total[:, None]
+    S, residual = S.double(), residual.double()
+    held = S.square().sum(1).cumsum(1)/total[:, None]
+    gap = (1 - (S[..., -1:]/S.clamp(min=1e-300))**2).clamp(min=1e-9)
+    lacking = (residual**2/gap).sum(1).cumsum(1)/total[:, None]
     k = (held < p).sum(1) + 1
     at = torch.stack([k - 2, k - 1], 1).clamp(0, S.shape[-1] - 1)
-    clear = ((held.gather(1, at) - p).abs() > 5e-6).all(1)
+    clear = ((held - p).abs() > 5e-6 + lacking).gather(1, at).all(1)
     worst = residual.amax(1).cummax(1)[0].gather(1, at[:, 1:])[:, 0]
     return k, (k <= S.shape[-1]) & clear & (worst <= 1e-4*total.sqrt())
 

@@ -60,7 +60,7 @@ class Attention(nn.Module):
             q, kv = F.linear(first_tokens(x, packing), wq, bq), F.linear(x, wkv, bkv)
         else: q, kv = self.qkv(x).split(parts, -1)
         q, (k, v) = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        if packing is not None: return self.proj(packing.attend(q, k, v).flatten(1))
+        if packing is not None: return self.proj(packing.attend(q, k, v, first).flatten(1))
         x = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), attn_mask=None if mask is None else mask[:, None, None])
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -123,24 +123,21 @@ class Packing:
     def attend(self,
         q:Tensor,  # (T, h, d), or (B, h, d): the first token of each sequence alone
         k:Tensor,  # (T, h, d)
-        v:Tensor  # (T, h, d)
+        v:Tensor,  # (T, h, d)
+        first:bool=False  # is there only the first token of each sequence in `q`?
     )->Tensor:  # like q
         "Attention within each sequence"
-        if q.is_cuda: return self._by_kernel(q, k, v)
-        return _attend_runs(q, k, v, self.lengths)
+        return (self._by_kernel if q.is_cuda else self._by_runs)(q, k, v, first)
 
-    def _by_kernel(self, q, k, v):
-        first = len(q) < len(k)
+    def _by_kernel(self, q, k, v, first):
         starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) if first else self.starts
         return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, self.starts, 1 if first else self.lengths[-1], self.lengths[-1])
 
-def _attend_runs(q, k, v, lengths):
-    "Attention within each sequence, those of equal length together"
-    runs = Counter(lengths); per = [n*(1 if len(q) < len(k) else length) for length, n in runs.items()]
-    parts = zip(runs.items(), q.split(per), *(h.split([n*length for length, n in runs.items()]) for h in (k, v)))
-    def attend(n, *qkv):
-        return F.scaled_dot_product_attention(*(h.unflatten(0, (n, -1)).transpose(1, 2) for h in qkv)).transpose(1, 2).flatten(0, 1)
-    return torch.cat([attend(n, *qkv) for (_, n), *qkv in parts])
+    def _by_runs(self, q, k, v, first):
+        runs = Counter(self.lengths); tokens = [n*length for length, n in runs.items()]
+        parts = zip(runs.values(), q.split(list(runs.values()) if first else tokens), k.split(tokens), v.split(tokens))
+        def together(n, *qkv): return F.scaled_dot_product_attention(*(h.unflatten(0, (n, -1)).transpose(1, 2) for h in qkv)).transpose(1, 2).flatten(0, 1)
+        return torch.cat([together(*part) for part in parts])
 
 def pack(
     x:Tensor,  # (B, N, D)
@@ -198,8 +195,10 @@ def encode(self:VisionTransformer,
     "The class token's output for these tokens, and no others"
     cls = (self.cls_token + self.pos_embed[0]).expand(len(t.x), -1, -1)
     x = self.drop(torch.cat([cls, t.x], 1))
-    mask, packing = F.pad(t.mask, (1, 0), value=True) if t.padded else None, None
-    if t.padded and Packing.possible(x): (x, packing), mask = pack(x, mask), None
+    mask = packing = None
+    if t.padded: mask = F.pad(t.mask, (1, 0), value=True)
+    if t.padded and Packing.possible(x):
+        x, packing = pack(x, mask); mask = None
     for block in self.blocks[:-1]: x = block(x, mask, packing)
     x = self.norm(self.blocks[-1](x, mask, packing, first=True))
     return x[:, 0] if packing is None else x[packing.order.argsort()]
