@@ -177,7 +177,7 @@ def bench_encoders(
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device
     device:str='cpu',
     repeats:int=5
-)->list[dict]:  # encoder, batch_size, tokens (after the last block), ms, gflop (an image)
+)->list[dict]:  # encoder, batch_size, tokens (that the last block sees), ms, rounds_ms, gflop (an image)
     "One batch of tokens through our encoder and its peers"
     vit, (gated, _), timm = models['vit'][0], models['msvd_gated'], timm_vit(size)
     x = imagenet_normalize(images)
@@ -192,7 +192,7 @@ def bench_encoders(
     calls['matrix products alone'] = N, lambda: _products(vit, withclass)
     for r in (N//32, N//16): calls[f'token merging, r={r}'] = N - r*depth, lambda r=r: vit.norm(tome_encoder(vit, withclass, r))[:, 0]
     seconds = in_turns({name: call for name, (_, call) in calls.items()}, repeats, device)
-    return [dict(encoder=name, batch_size=len(x), tokens=n + 1, ms=median_ms(seconds[name]), gflop=round(count_flops(call)/len(x)/1e9, 5)) for name, (n, call) in calls.items()]
+    return [dict(encoder=name, batch_size=len(x), tokens=n + 1, ms=median_ms(seconds[name]), rounds_ms=[median_ms(s) for s in seconds[name]], gflop=round(count_flops(call)/len(x)/1e9, 5)) for name, (n, call) in calls.items()]
 def _products(model, x):
     "The linear layers of our encoder, each with an input of the right size"
     for b in model.blocks:
