@@ -310,13 +310,13 @@ def sigma_bench(
     data:str=None,  # 'intel' or the path of a folder, for real images, the data path and the ranks; without it crops of two sample photographs
     device:str='cpu',  # 'cpu' or 'cuda'
     precision:str='float32',  # 'float32' or 'bfloat16'
-    batch_sizes:str='1,8,64',  # images in a batch, comma-separated
+    batches:str='1,8,64',  # sizes of the batches, comma-separated
     repeats:int=5,  # rounds
     out:str='runs/speed'  # folder of the results
 ):
     "Time, memory and FLOPs of every method and budget beside their peers; writes OUT/PRESET-DEVICE-PRECISION.json"
-    settings, sizes = load_preset(preset), [int(b) if b.isdigit() else b for b in batch_sizes.split(',')]
-    for b in sizes: check_int('batch_sizes', b)
+    settings, sizes = load_preset(preset), [int(b) if b.isdigit() else b for b in batches.split(',')]
+    for b in sizes: check_int('batches', b)
     size, compiled = settings['model'], torch.device(device).type == 'cuda' and settings['train']['compile']
     set_seed(0)
     images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
