@@ -132,6 +132,7 @@ def budgets(
     mean = round(select(model.embed(images), Mass(.5)).lengths.double().mean().item())
     return {'all': None} | {f'k={k}': TopK(k) for k in ks} | {'mass 0.5': Mass(.5), f'k={mean}, as mass 0.5': TopK(mean)}
 
+# %% ../nbs/16_bench.ipynb #d9ae32d2
 def bench_methods(
     models:dict,  # `bench_models`
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device: the batch
@@ -157,6 +158,7 @@ def bench_methods(
         row |= dict(whole_rounds_ms=[median_ms(s) for s in seconds[i, 'whole']], images_per_s=round(len(images)/row['whole_ms']*1e3, 2))
     return rows
 
+# %% ../nbs/16_bench.ipynb #0f937af2
 def _row(method, kept, lengths, parts, device):
     n = len(lengths)
     return dict(method=method, kept=kept, batch_size=n, tokens=round(lengths.double().mean().item() + 1, 2), shortest=lengths.min().item() + 1, longest=lengths.max().item() + 1,

@@ -129,6 +129,7 @@ def sure_rank(
     worst = residual.amax(1).cummax(1)[0].gather(1, at[:, 1:])[:, 0]
     return k, (k <= S.shape[-1]) & clear & (worst <= 1e-4*total.sqrt())
 
+# %% ../nbs/06_svd.ipynb #596283a2
 @torch.no_grad()
 def kept_triplets(
     x:Tensor,  # (B, C, M, M)
@@ -152,6 +153,7 @@ def kept_triplets(
             parts.append((todo, _left_vectors(x[todo], S[..., :n], V[..., :n]), S[..., :n], V[..., :n], k))
         return _joined(parts, x)
 
+# %% ../nbs/06_svd.ipynb #ca2ba281
 def _joined(
     parts,  # list of (rows, U, S, V, k) that make up the batch
     x  # the batch
