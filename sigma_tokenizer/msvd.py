@@ -51,4 +51,8 @@ class Gated(nn.Module):
         t = self.tokenizer(x)
         logits = self.scorer(t.x)[..., 0]
         gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
-        return replace(t, x=t.x*gates[..., None].to(t.x.dtype), scores=gates)
+        return replace(t, x=self.weigh(t.x, gates[..., None].to(t.x.dtype)), scores=gates)
+
+    def weigh(self, x, gates):
+        "What the gates do to the tokens"
+        return x*gates
