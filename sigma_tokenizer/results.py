@@ -20,7 +20,7 @@ def load_experiments()->dict[str, dict]:  # run name -> model, args, normalize, 
     "Every training run of the tables, with the figures reported for its rows (`experiments.toml`)"
     experiments = tomllib.loads((files('sigma_tokenizer')/'experiments.toml').read_text())
     for e in experiments.values():
-        if 'k' in e: e['rows'] = [dict(row=f'{e["title"]} (all tokens)'), *(dict(row=f'{e["title"]} (k={k})', k=k) for k in e.pop('k'))]
+        if 'title' in e: e['rows'] = [dict(row=f'{e["title"]} (all tokens)'), *(dict(row=f'{e["title"]} ({b}={n})', **{b: n}) for b in ('k', 'mean_length') for n in e.pop(b, []))]
     return experiments
 
 def reported()->pd.DataFrame:  # one line for each row: run, row, accuracy, f1, length; NaN where nothing was reported
@@ -54,7 +54,7 @@ def result_path(
 def save_result(
     out:str|Path,  # the results' folder, made if it is not there
     result:dict,  # run, seed, config, data, commit, versions, device, seconds, epochs, gates, rows
-    predictions:dict[str, np.ndarray]  # labels (n,); preds and lengths (rows, n)
+    predictions:dict[str, np.ndarray]  # labels (n,); preds, confidence and lengths (rows, n)
 )->Path:
     "Write one run's result, and its predictions beside it (`.npz`)"
     if missing := [f for f in _fields if f not in result]: raise ValueError(f'result: no {", ".join(missing)}; accepted: a dict with {", ".join(_fields)}')
@@ -63,7 +63,7 @@ def save_result(
     path = result_path(out, result['run'], result['seed'])
     path.parent.mkdir(parents=True, exist_ok=True)
     smallest = lambda a: np.asarray(a).astype(np.min_scalar_type(int(a.max())))
-    np.savez_compressed(path.with_suffix('.npz'), **{k: smallest(predictions[k]) for k in ('labels', 'preds', 'lengths')})
+    np.savez_compressed(path.with_suffix('.npz'), confidence=predictions['confidence'].astype(np.float16), **{k: smallest(predictions[k]) for k in ('labels', 'preds', 'lengths')})
     new = path.with_suffix('.tmp')
     new.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
     os.replace(new, path)
@@ -88,7 +88,7 @@ def _upgrade(result):
 
 def load_predictions(
     path:str|Path  # of the result
-)->dict[str, np.ndarray]:  # labels (n,); preds and lengths (rows, n), in the order of the result's rows
+)->dict[str, np.ndarray]:  # labels (n,); preds, lengths and (not in the first results) confidence (rows, n), in the order of the result's rows
     "What a run's model said of every test image, and with how many tokens"
     with np.load(Path(path).with_suffix('.npz'), allow_pickle=False) as f: return dict(f)
 

@@ -24,7 +24,7 @@ from .stem import ConvStem
 from .vit import Block, VisionTransformer
 from .models import create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
-from .training import BFloat16, BudgetSchedule, GateLoss, RandomBudget, SelfDistillation, create_learner, evaluate, gini_index, train
+from .training import BFloat16, BudgetSchedule, GateLoss, RandomBudget, SelfDistillation, calibrate, create_learner, evaluate, gini_index, train
 from .results import load_experiments, load_predictions, load_result, metrics, result_path, save_result
 
 # %% ../nbs/13_runs.ipynb #658520f2
@@ -59,12 +59,13 @@ def run_config(
 def run_rows(
     run:str,  # a run of `experiments.toml`
     config:dict  # `run_config`
-)->list[tuple[str, TopK|Mass|None, str]]:  # row name, budget, and what the row's name means at this scale
+)->list[tuple[str, TopK|Mass|float|None, str]]:  # row name, budget (or the mean length that one is to be calibrated for), and what the row's name means at this scale
     "The rows that a run's model is evaluated for"
     m = config['model']; n = (m['image_size']//m['patch_size'])**2
     def setting(row):
         if 'k' in row: k = max(min(1, row['k']), round(row['k']*n/256)); return TopK(k), f'k={k} of {n}'
         if 'p' in row: return Mass(row['p']), ''
+        if 'mean_length' in row: length = row['mean_length']*n/256; return length, f'mean length {length:g} of {n}'
         return None, f's={m["filter_size"]} of {m["image_size"]}' if 'filter_size' in m else ''
     return [(row['row'], *setting(row)) for row in load_experiments()[run]['rows']]
 
@@ -148,12 +149,12 @@ def run_once(
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline)
     if len(epochs) < t['epochs']: return None
     trained, (names, keeps, settings) = time.perf_counter(), zip(*run_rows(run, config))
-    labels, preds, lengths, gates = evaluate(model, dls.valid, keeps)
+    said, gates = evaluate(model, dls.valid, [calibrate(model, dls, keep) if isinstance(keep, float) else keep for keep in keeps])
     summary = None if gates is None else gate_summary(model, gates, config['model']['image_size'], config['normalize'])
-    rows = [dict(row=n, setting=s, **metrics(labels, p, l)) for n, s, p, l in zip(names, settings, preds, lengths)]
+    rows = [dict(row=n, setting=s, **metrics(said['labels'], p, l)) for n, s, p, l in zip(names, settings, said['preds'], said['lengths'])]
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took
     return (dict(run=run, seed=seed, config=config, data=describe(data), **source, seconds=round(seconds, 1), epochs=epochs,
-                 gates=summary, rows=rows), dict(labels=labels, preds=preds, lengths=lengths))
+                 gates=summary, rows=rows), said)
 
 def callbacks(
     config:dict  # `run_config`

@@ -228,18 +228,17 @@ def evaluate(
     model:VisionTransformer,
     loader,  # batches (x, y), in a fixed order
     budgets:list[TopK|Mass|None]=(None,)  # each is evaluated on the same tokens; None keeps all
-)->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray|None]:  # labels (n,); predictions and lengths (budgets, n); gates (n, N) or None
+)->tuple[dict[str, np.ndarray], np.ndarray|None]:  # labels (n,); preds, confidence (the class's probability, float16) and lengths (budgets, n); and gates (n, N) or None
     "One pass over the images, for all budgets"
     model.eval()
-    labels, preds, lengths, gates = [], [], [], []
+    said, gates = dict(labels=[], preds=[], confidence=[], lengths=[]), []
     for x, y in loader:
         tokens = model.embed(x)
         short = [model.reduce(tokens, keep) for keep in budgets]
-        labels.append(y.cpu())
-        preds.append(torch.stack([model.head(model.encode(t)).argmax(1).cpu() for t in short]))
-        lengths.append(torch.stack([t.lengths.cpu() + 1 for t in short]))
+        confidence, preds = torch.stack([model.head(model.encode(t)) for t in short]).float().softmax(-1).max(-1)
+        for name, value in dict(labels=y, preds=preds, confidence=confidence.half(), lengths=torch.stack([t.lengths + 1 for t in short])).items(): said[name].append(value.cpu())
         if tokens.scores is not None: gates.append(tokens.scores.cpu())
-    return torch.cat(labels).numpy(), torch.cat(preds, 1).numpy(), torch.cat(lengths, 1).numpy(), torch.cat(gates).numpy() if gates else None
+    return {name: torch.cat(parts, -1).numpy() for name, parts in said.items()}, torch.cat(gates).numpy() if gates else None
 
 # %% ../nbs/11_training.ipynb #d60dc2ef
 @torch.no_grad()
