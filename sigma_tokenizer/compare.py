@@ -6,7 +6,7 @@
 __all__ = ['row_predictions', 'paired', 'paired_lines', 'comparison', 'comparison_lines', 'plot_rows', 'plot_lengths',
            'plot_confusion', 'show_wrong']
 
-# %% ../nbs/15_compare.ipynb #66737fe6
+# %% ../nbs/15_compare.ipynb #067c7b79
 import math
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import ConfusionMatrixDisplay
 from .results import load_predictions, load_results, reported, result_path, result_table
 
-# %% ../nbs/15_compare.ipynb #a04b68fe
+# %% ../nbs/15_compare.ipynb #040bd71e
 def row_predictions(
     out:str|Path,  # a folder of results
     row:str  # the row's name
@@ -30,7 +30,7 @@ def row_predictions(
     if not found: raise ValueError(f'row: got {row!r}; accepted: a row of the results in {out}')
     return found
 
-# %% ../nbs/15_compare.ipynb #61101edf
+# %% ../nbs/15_compare.ipynb #175b48eb
 def paired(
     out:str|Path,  # a folder of results
     a:str,  # a row's name
@@ -56,7 +56,7 @@ def paired_lines(
     return ['| A | B | A - B | 95% interval | of each seed | McNemar p, first seed |', '|---|---|---:|---:|---|---:|',
             *[f'| {t["a"]} | {t["b"]} | {t["difference"]:+.3f} | {t["low"]:+.3f} to {t["high"]:+.3f} | {", ".join(f"{d:+.3f}" for d in t["by_seed"])} | {p(t["p"])} |' for t in tests]]
 
-# %% ../nbs/15_compare.ipynb #3716e7bb
+# %% ../nbs/15_compare.ipynb #81d439ab
 def comparison(
     results:str|Path='results',  # the folder with a folder for each preset
     scales:tuple=('paper', 'small')  # presets
@@ -99,7 +99,7 @@ def plot_rows(
     ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return fig
 
-# %% ../nbs/15_compare.ipynb #3d51f954
+# %% ../nbs/15_compare.ipynb #a035ac66
 def plot_lengths(
     out:str|Path,  # a folder of results
     rows:list[str],
@@ -129,7 +129,7 @@ def plot_confusion(
         ax.set_title(row, fontsize=9); ax.label_outer()
     return fig
 
-# %% ../nbs/15_compare.ipynb #ed3e291e
+# %% ../nbs/15_compare.ipynb #ffb1b378
 def show_wrong(
     out:str|Path,  # a folder of results
     row:str,

@@ -127,12 +127,13 @@ def table_lines(
 
 # %% ../nbs/12_results.ipynb #5a8c1f4a
 _families = [  # label, pattern of the rows' names, colour, marker, line
-    ('ViT', r'Vision Transformer$', '#000000', 's', 'none'), ('ViT, convolutional stem', r'ViT with', '#999999', 'D', 'none'),
+    ('ViT', r'Vision Transformer$', '#000000', 's', 'none'), ('ViT, convolutional stem', r'ViT with a convolutional stem$', '#999999', 'D', 'none'),
     ('FFT, static', r'FFT \(static \d+\)', '#0072B2', '^', '-'), ('FFT, dynamic', r'FFT \(dynamic', '#56B4E9', 'v', '-'),
     ('FFT, high-pass', r'FFT \(high', '#CC79A7', '<', '-'),
     ('SVD, squared', r'SVD .*squared', '#E69F00', 'o', '-'), ('SVD, linear', r'SVD .*linear', '#E69F00', 'p', ':'),
     ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'), ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
-    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
+    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'),
+    ('mSVD, trained short', r'mSVD, trained short \((k|all)', '#0072B2', '.', '-'), ('ViT, convolutional stem, trained short', r'ViT with .* trained short \((k|all)', '#999999', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
 
 def plot_tokens(
     table:pd.DataFrame,  # `result_table`
