@@ -23,7 +23,7 @@ class RestToken(nn.Module):
         embed_dim:int  # width D of a token
     ):
         super().__init__()
-        self.read, self.write = nn.Identity(), nn.Linear(embed_dim, embed_dim)
+        self.write = nn.Linear(embed_dim, embed_dim)
 
     def forward(self,
         t:Tokens,  # with scores, unless `keep` is None
@@ -33,14 +33,14 @@ class RestToken(nn.Module):
         kept = chosen(t, keep); dropped = t.mask & ~kept
         short, n = drop(t, kept), dropped.sum(1, keepdim=True)
         if not n.any(): return short
-        rest = self.write((self.weights(t, dropped)[:, None].to(t.x.dtype) @ self.read(t.x))[:, 0])
-        return Tokens(torch.cat([rest[:, None], short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)), F.pad(short.index, (1, 0), value=-1),
+        rest = self.write(self.mean(t, dropped))
+        return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)), F.pad(short.index, (1, 0), value=-1),
                       padded=short.padded or not bool(n.all()))
 
-    def weights(self, t, dropped):
-        "Of each token in the rest, (B, N), 0 for what is kept"
+    def mean(self, t, dropped):
+        "The gate-weighted mean of the dropped tokens, (B, 1, D)"
         gates = t.scores*dropped
-        return gates/gates.sum(1, keepdim=True).clamp(min=1e-6)
+        return (gates/gates.sum(1, keepdim=True).clamp(min=1e-6))[:, None].to(t.x.dtype) @ t.x
 
 # %% ../nbs/08_reduce.ipynb #dd17e75e
 class LayerRestToken(RestToken):
@@ -52,6 +52,8 @@ class LayerRestToken(RestToken):
         super().__init__(embed_dim)
         self.read, self.write = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, hidden), nn.GELU()), nn.Linear(hidden, embed_dim)
 
+    def mean(self, t, dropped): return super().mean(replace(t, x=self.read(t.x)), dropped)
+
 class AttentionRestToken(RestToken):
     "`RestToken` with learned weights"
     def __init__(self,
@@ -60,10 +62,9 @@ class AttentionRestToken(RestToken):
         super().__init__(embed_dim)
         self.query = nn.Linear(embed_dim, 1)
 
-    def weights(self, t, dropped):
-        "Of each token in the rest, (B, N), 0 for what is kept"
-        logits = self.query(t.x)[..., 0].float().masked_fill(~dropped, -1e9)
-        return logits.softmax(1)*dropped
+    def mean(self, t, dropped):
+        weights = self.query(t.x)[..., 0].float().masked_fill(~dropped, -1e9).softmax(1)*dropped
+        return weights[:, None].to(t.x.dtype) @ t.x
 
 # %% ../nbs/08_reduce.ipynb #eeb1c53e
 class MergeDropped(nn.Module):
