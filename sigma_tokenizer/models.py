@@ -13,15 +13,15 @@ from .vit import PatchTokenizer, VisionTransformer
 from .fft import FFTTokenizer
 from .svd import SVDTokenizer
 from .msvd import Gated, MSVDTokenizer
-from .reduce import AttentionRestToken, BudgetGate, GumbelGated, LayerRestToken, MergeDropped, Resampler, RestToken, StraightThroughGated
+from .reduce import AttentionRestToken, BudgetGate, GumbelTopK, LayerRestToken, MergeDropped, Resampler, RestToken, StraightThroughGated
 
 # %% ../nbs/09_models.ipynb #101eb57d
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer, svd=SVDTokenizer, msvd=MSVDTokenizer,
                    msvd_gated=MSVDTokenizer, vit_conv_gated=ConvTokenizer)
-_gates = dict(plain=Gated, gumbel=GumbelGated, straight_through=StraightThroughGated)
+_gates = dict(plain=Gated, straight_through=StraightThroughGated)
 _reductions = {None: lambda dim, n, heads: None, 'rest': lambda dim, n, heads: RestToken(dim), 'layer_rest': lambda dim, n, heads: LayerRestToken(dim),
                'attention_rest': lambda dim, n, heads: AttentionRestToken(dim), 'merge': lambda dim, n, heads: MergeDropped(),
-               'resample': lambda dim, n, heads: Resampler(dim, n, heads), 'budget_gate': lambda dim, n, heads: BudgetGate(RestToken(dim), dim)}
+               'resample': lambda dim, n, heads: Resampler(dim, n, heads), 'budget_gate': lambda dim, n, heads: BudgetGate(RestToken(dim), dim), 'gumbel': lambda dim, n, heads: GumbelTopK(RestToken(dim))}
 
 def list_models()->list[str]:
     "The names that `create_model` takes"
@@ -38,7 +38,7 @@ def create_model(
     num_heads:int=12,  # attention heads, a divisor of `embed_dim`
     mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of D
     drop_rate:float=.1,  # dropout inside the encoder
-    reduction:str|None=None,  # 'rest', 'layer_rest', 'attention_rest', 'merge', 'budget_gate' (gated models), 'resample' (any but svd and fft); None drops and forgets
+    reduction:str|None=None,  # 'rest', 'layer_rest', 'attention_rest', 'merge', 'budget_gate', 'gumbel' (gated models), 'resample' (any but svd and fft); None drops and forgets
     **kw  # the tokenizer's own: filter_size, energy, band (fft); energy, criterion (svd); keep, gate (gated models)
 )->VisionTransformer:
     "A model, untrained; without further arguments the size of ViT-B"

@@ -138,8 +138,9 @@ def run_once(
     "Train one model and evaluate it for all its rows"
     source, t = provenance(device), config['train']  # before training: the files may change while it lasts
     made_of = json.dumps([run, config, seed, describe(data), str(device), source])
+    def loaders(): return image_loaders(data, t['batch_size'], config['normalize'], device, t.get('augment', 'crop'))
     set_seed(seed, reproducible=True)
-    dls = image_loaders(data, t['batch_size'], config['normalize'], device, t.get('augment', 'crop'))
+    dls = loaders()
     model = create_model(**config['model'], n_classes=dls.c).to(device)
     if t['compile']:
         torch.compiler.reset()
@@ -149,7 +150,8 @@ def run_once(
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline)
     if len(epochs) < t['epochs']: return None
     trained, (names, keeps, settings) = time.perf_counter(), zip(*run_rows(run, config))
-    said, gates = evaluate(model, dls.valid, [calibrate(model, dls, keep) if isinstance(keep, float) else keep for keep in keeps])
+    def calibrated(length): set_seed(seed, reproducible=True); return calibrate(model, loaders(), length)  # on the same windows, whatever training drew and wherever it was resumed
+    said, gates = evaluate(model, dls.valid, [calibrated(keep) if isinstance(keep, float) else keep for keep in keeps])
     summary = None if gates is None else gate_summary(model, gates, config['model']['image_size'], config['normalize'])
     rows = [dict(row=n, setting=s, **metrics(said['labels'], p, l)) for n, s, p, l in zip(names, settings, said['preds'], said['lengths'])]
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TopK', 'Mass', 'drop', 'check_keep', 'select', 'chosen']
 
-# %% ../nbs/02_select.ipynb #a424c568
+# %% ../nbs/02_select.ipynb #121710a0
+import math
 from dataclasses import dataclass
 from fastcore.basics import patch
 import torch
@@ -71,7 +72,7 @@ def of_mean(cls:Mass,
     check_number('kept', kept, f'1 <= kept <= {most:g}', lambda n: 1 <= n <= most)
     g, order = _ranked(scores, mask)
     shares = (g.cumsum(1)/g.sum(1, keepdim=True))[mask.gather(1, order)].sort()[0]
-    return cls(shares[min(round(len(mask)*(kept - 1)), len(shares) - 1)].item())
+    return cls(math.nextafter(shares[min(round(len(mask)*(kept - 1)), len(shares) - 1)].item(), 0.))
 
 # %% ../nbs/02_select.ipynb #bbec8611
 def drop(

@@ -15,9 +15,9 @@ from torch import Tensor
 class Tokens:
     "The tokens of a batch of images, the class token not included"
     x:Tensor  # (B, N, D) token vectors
-    mask:Tensor  # (B, N) bool: True for a real token, False for padding behind a shorter image's tokens
-    scores:Tensor|None  # (B, N) gates in [0, 1] if a scorer gave them, else None
-    index:Tensor  # (B, N) int64: the place in the full sequence that the token comes from
+    mask:Tensor  # (B, N) bool: True for a real token, False for the padding of a shorter image
+    scores:Tensor|None  # (B, N) gates >= 0 (a scorer's are at most 1), else None
+    index:Tensor  # (B, N) int64: the place in the full sequence that the token comes from; -1 for one that sums up several
     padded:bool=True  # False promises that `mask` is all True, so that attention needs none
 
     @property

@@ -23,7 +23,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from .images import check_int, check_number
-from .select import Mass, TopK
+from .select import Mass, TopK, chosen
 from .vit import VisionTransformer
 
 # %% ../nbs/11_training.ipynb #4c7b30a6
@@ -77,8 +77,8 @@ class BudgetSchedule:
         n:int  # tokens that the model has
     )->TopK|None:
         "The next step's budget, from Python's generator"
-        high, shift = min(n, self.high or n), self.low == 0  # the logarithm of 0 is none: k + 1 is drawn instead
-        k = random.uniform(self.low, high) if self.kind == 'uniform' else math.exp(random.uniform(math.log(self.low + shift), math.log(high + shift))) - shift
+        high, low, shift = min(n, self.high or n), min(n, self.low), self.low == 0  # the logarithm of 0 is none: k + 1 is drawn instead
+        k = random.uniform(low, high) if self.kind == 'uniform' else math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
         return None if random.random() < self.full else TopK(round(k))
 
 # %% ../nbs/11_training.ipynb #849bdc91
@@ -89,9 +89,7 @@ class RandomBudget(Callback):
     ): self.schedule = schedule
 
     def before_batch(self):
-        if self.training: self.model.keep = self.schedule.draw(self.model.tokenizer.n_tokens)
-
-    def after_fit(self): self.model.keep = None
+        if self.training: self.learn.xb = (*self.xb, self.schedule.draw(self.model.tokenizer.n_tokens))
 
 # %% ../nbs/11_training.ipynb #2b3450f1
 class SelfDistillation(Callback):
@@ -104,7 +102,7 @@ class SelfDistillation(Callback):
         self.schedule, self.weight = schedule, weight
 
     def before_batch(self):
-        if self.training: self.model.keep = [None, self.schedule.draw(self.model.tokenizer.n_tokens)]
+        if self.training: self.learn.xb = (*self.xb, [None, self.schedule.draw(self.model.tokenizer.n_tokens)])
 
     def after_pred(self):
         if self.training: self.learn.pred, self.short = self.pred
@@ -115,8 +113,6 @@ class SelfDistillation(Callback):
         from_full = F.kl_div(short, full, log_target=True, reduction='batchmean')
         self.learn.loss_grad = self.learn.loss_grad + (1 - self.weight)*self.loss_func(self.short, *self.yb) + self.weight*from_full
         self.learn.loss = self.learn.loss_grad.clone()
-
-    def after_fit(self): self.model.keep = None
 
 # %% ../nbs/11_training.ipynb #c3ef068d
 def autocast(
@@ -247,13 +243,18 @@ def calibrate(
     dls:DataLoaders,  # its training images are looked at, in `dls.train`
     mean_length:float  # as the tables count it: the class token and what the reduction adds included
 )->Mass:
-    "The `Mass` budget whose mean length over the training images is what is asked"
+    "The `Mass` budget whose mean length over the training images is what is asked (a little less near the full length, where some images drop nothing and have no rest token)"
     model.eval()
-    seen = [model.embed(x) for x, *_ in dls.train]
-    if seen[0].scores is None: raise ValueError(f'model: got one of {type(model.tokenizer).__name__}; accepted: a model whose tokenizer gives gates')
-    added = model.reduce(seen[0], TopK(1)).lengths[0].item()  # the class token, and the rest token if there is one
-    width = max(t.x.shape[1] for t in seen)
-    scores, mask = (torch.cat([F.pad(getattr(t, name).cpu(), (0, width - t.x.shape[1])) for t in seen]) for name in ('scores', 'mask'))
-    least, most = added + 1, added + mask.sum(1).double().mean().item()
+    seen = [(t.scores, t.mask) for t in (model.tokenizer(x) for x, *_ in dls.train)]
+    if seen[0][0] is None: raise ValueError(f'model: got one of {type(model.tokenizer).__name__}; accepted: a model whose tokenizer gives gates')
+    width = max(mask.shape[1] for _, mask in seen)
+    scores, mask = (torch.cat([F.pad(part.cpu(), (0, width - part.shape[1])) for part in parts]) for parts in zip(*seen))
+    few = model.embed(next(iter(dls.train))[0])
+    added = model.reduce(few, TopK(1)).lengths[0].item()  # beside what is kept: the class token, and a rest token if there is one
+    least, most = added + 1, 1 + mask.sum(1).double().mean().item()
     check_number('mean_length', mean_length, f'{least} <= mean_length <= {most:g}', lambda n: least <= n <= most)
-    return Mass.of_mean(scores, mask, mean_length - added)
+    keep = Mass.of_mean(scores, mask, mean_length - added)
+    kept = chosen(few, keep).sum(1)
+    if not torch.equal(model.reduce(few, keep).lengths, kept + (added - 1)*(kept < few.lengths)):
+        raise ValueError(f'model: got one whose {type(model.reduction).__name__} goes by other gates than the tokenizer\'s; accepted: a reduction that keeps what `Mass` chooses')
+    return keep

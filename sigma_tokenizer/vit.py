@@ -151,7 +151,7 @@ class Packing:
 
 def pack(
     x:Tensor,  # (B, N, D)
-    mask:Tensor  # (B, N) bool, True for a real token, which come first
+    mask:Tensor  # (B, N) bool, True for a real token, the first of each row among them
 )->tuple[Tensor, Packing]:  # (T, D)
     "Only the real tokens, sequence after sequence, shortest first"
     lengths, order = mask.sum(1).sort(stable=True)
@@ -221,6 +221,7 @@ def reduce(self:VisionTransformer,
     keep:TopK|Mass|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
+    check_keep(keep)
     return (self.reduction or select)(t, keep)
 
 # %% ../nbs/04_vit.ipynb #1775ffd9
@@ -231,6 +232,7 @@ def forward_features(self:VisionTransformer,
 )->Tensor:  # (B, D); (n, B, D) for a list of n budgets
     "The class token's output"
     if isinstance(keep, str) and keep == 'default': keep = self.keep
+    if isinstance(keep, (list, tuple)) and not keep: raise ValueError('keep: got an empty list; accepted: at least one budget')
     t = self.embed(x)
     if isinstance(keep, (list, tuple)): return torch.stack([self.encode(self.reduce(t, k)) for k in keep])
     return self.encode(self.reduce(t, keep))
