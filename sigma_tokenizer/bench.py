@@ -26,7 +26,7 @@ from fastcore.script import call_parse
 from PIL import Image
 from .images import check_int, imagenet_normalize, sample_photos
 from .tokens import Tokens
-from .select import Mass, TopK
+from .select import Mass, TopK, chosen
 from .stem import ConvStem
 from .vit import Block, VisionTransformer
 from .svd import SVDTokenizer, kept_triplets, leading_triplets, sure_rank
@@ -131,7 +131,7 @@ def budgets(
     "All tokens, k of them, half of the mass, and as many as half of the mass keeps on average"
     n = model.tokenizer.n_tokens
     ks = sorted({max(1, k*n//256) for k in (1, 4, 16, 32, 64, 128, 192)}, reverse=True)
-    mean = round(model.reduce(model.embed(images), Mass(.5)).lengths.double().mean().item())
+    mean = round(chosen(model.embed(images), Mass(.5)).sum(1).double().mean().item())
     return {'all': None} | {f'k={k}': TopK(k) for k in ks} | {'mass 0.5': Mass(.5), f'k={mean}, as mass 0.5': TopK(mean)}
 
 # %% ../nbs/17_bench.ipynb #43880835
@@ -319,7 +319,7 @@ def sigma_bench(
     methods:str=None,  # only the part on methods, and only those whose name begins so (vit_conv for vit_conv and vit_conv_gated)
     out:str='runs/speed'  # folder of the results
 ):
-    "Time, memory and FLOPs of every method and budget beside their peers; writes OUT/PRESET-DEVICE-PRECISION.json"
+    "Time, memory and FLOPs of every method and budget beside their peers; writes OUT/PRESET-DEVICE-PRECISION[-METHODS].json"
     settings, sizes = load_preset(preset), [int(b) if b.isdigit() else b for b in batches.split(',')]
     for b in sizes: check_int('batches', b)
     size, compiled = settings['model'], torch.device(device).type == 'cuda' and settings['train']['compile']
@@ -335,7 +335,7 @@ def sigma_bench(
         if methods is None: result['encoders'] = [row for b in sizes for row in bench_encoders(models, size, images[:b], device, repeats)]; _say(result['encoders'])
     del models
     if methods is None: _others(result, size, images, sizes, data, device, compiled, settings['train']['batch_size'])
-    path = Path(out)/f'{Path(preset).stem}-{torch.device(device).type}-{precision}.json'
+    path = Path(out)/f'{Path(preset).stem}-{torch.device(device).type}-{precision}{"" if methods is None else "-" + methods}.json'
     path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(result, indent=1) + '\n')
     print(path)
 
