@@ -133,7 +133,8 @@ _families = [  # label, pattern of the rows' names, colour, marker, line
     ('SVD, squared', r'SVD .*squared', '#E69F00', 'o', '-'), ('SVD, linear', r'SVD .*linear', '#E69F00', 'p', ':'),
     ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'), ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
     ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'),
-    ('mSVD, trained short', r'mSVD, trained short \((k|all)', '#0072B2', '.', '-'), ('ViT, convolutional stem, trained short', r'ViT with .* trained short \((k|all)', '#999999', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
+    ('mSVD, trained short', r'mSVD, trained short \((k|all)', '#0072B2', '.', '-'), ('the same, layer before the rest', r'select: a layer .* \((k|all)', '#56B4E9', '.', '-'),
+    ('ViT, convolutional stem, trained short', r'ViT with .* trained short \((k|all)', '#999999', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
 
 def plot_tokens(
     table:pd.DataFrame,  # `result_table`
