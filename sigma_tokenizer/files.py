@@ -122,32 +122,36 @@ def read_toml(
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: no TOML: {e}') from None
     return checked(value, schema, path)
 
-# %% ../nbs/09_files.ipynb #fc59c004
+# %% ../nbs/09_files.ipynb #756e37b5
+_damaged = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError)  # what the two modules raise
+
 def _members(
     archive:Path
 )->list[tuple[str, bool, int]]:  # name, whether it is a plain file or a folder, bytes when unpacked
     "What an archive says that it holds"
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z: return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size) for m in z.infolist()]
-    if tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as t: return [(m.name, m.isfile() or m.isdir(), m.size) for m in t]
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as z: return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size) for m in z.infolist()]
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as t: return [(m.name, m.isfile() or m.isdir(), m.size) for m in t]
+    except (*_damaged, OSError) as e: raise ValueError(f'{archive}: a damaged archive: {e}') from None
     raise ValueError(f'{archive}: got something else; accepted: a zip or tar archive')
 
 def unpack(
     archive:Path,  # zip, or tar, compressed or not
     out:Path  # an empty folder
 ):
-    "Unpack an archive that holds nothing but files and folders, all of them inside it; else a `ValueError`, and nothing is written"
+    "Unpack an archive that holds nothing but files and folders, all of them inside it; else a `ValueError`, before anything is written"
+    members = _members(archive)
+    for name, plain, _ in members:
+        parts = PurePosixPath(name.replace('\\', '/')).parts
+        if not plain or '..' in parts or (parts and (parts[0] == '/' or ':' in parts[0])):
+            raise ValueError(f'{archive}: holds {name!r}, {"a path that leads out of it" if plain else "a link or a device"}; accepted: files and folders inside the archive')
+    size, free = sum(n for *_, n in members), shutil.disk_usage(out).free
+    if size > free: raise ValueError(f'{archive}: holds {size} bytes; accepted: up to {free}, what is free')
     try:
-        members = _members(archive)
-        for name, plain, _ in members:
-            parts = PurePosixPath(name.replace('\\', '/')).parts
-            if not plain or '..' in parts or '\0' in name or (parts and (parts[0] == '/' or ':' in parts[0])):
-                raise ValueError(f'{archive}: holds {name!r}, {"a link or a device" if not plain else "a path that leads out of it"}; accepted: files and folders inside the archive')
-        size, free = sum(n for *_, n in members), shutil.disk_usage(out).free
-        if size > free: raise ValueError(f'{archive}: holds {size} bytes; accepted: up to {free}, what is free')
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z: z.extractall(out)
         else:
             with tarfile.open(archive) as t: t.extractall(out, filter='data')
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as e: raise ValueError(f'{archive}: damaged, or not readable here: {e}') from None
+    except _damaged as e: raise ValueError(f'{archive}: a damaged archive: {e}') from None
