@@ -6,16 +6,19 @@
 __all__ = ['Split', 'ImageData', 'train_side', 'digits_data', 'find_splits', 'list_images', 'decode', 'cached_images',
            'folder_data', 'load_data', 'hold_out', 'random_crop', 'random_resized_crop', 'ImageLoader', 'image_loaders']
 
-# %% ../nbs/11_data.ipynb #fd28a392
-import hashlib, json, os, shutil, tempfile, warnings
+# %% ../nbs/11_data.ipynb #a238b0f3
+import hashlib, json, os, shutil, unicodedata, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
+from typing_extensions import TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from fastcore.xdg import xdg_cache_home
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -24,13 +27,15 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 from .images import check_number, imagenet_normalize
+from .files import made_once, read_json, strict, unpack
 
-# %% ../nbs/11_data.ipynb #9aa7b7fe
+# %% ../nbs/11_data.ipynb #37da46ec
 @dataclass(frozen=True)
 class Split:
     "Images and labels of one split"
     images:np.ndarray  # (n, S, S, 3) uint8
     labels:np.ndarray  # (n,) int64
+    files:list|None=None  # n paths within the data set, if it consists of files
 
     def __len__(self): return len(self.labels)
 
@@ -42,7 +47,8 @@ class ImageData:
     train:Split  # images larger than the model's input, for random crops
     test:Split  # images of the model's input size
     fingerprint:str  # of the files' bytes: the same data set has the same one at every image size
-    unreadable:list=field(default_factory=list)  # (file, reason) of each image left out
+    left_out:list=field(default_factory=list)  # (file, reason) of each that is not among the images
+    in_both:list=field(default_factory=list)  # (training file, test file) of each image that is in both splits, pixel for pixel
     flip:bool=True  # does a mirrored image keep its label?
     bordered:bool=False  # are training images larger by a border, not by scale?
     evaluated:str='test'  # what `test` holds: 'test', or 'holdout', a part of the training split
@@ -53,7 +59,7 @@ def train_side(
     "The side that training images are stored at: 320 for 256"
     return image_size*5//4
 
-# %% ../nbs/11_data.ipynb #2bb94aad
+# %% ../nbs/11_data.ipynb #845e7e33
 def digits_data(
     image_size:int=32  # side M of the test images, in pixels
 )->ImageData:
@@ -66,124 +72,186 @@ def digits_data(
     return ImageData('digits', [str(i) for i in range(10)], Split(np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0))), y[train]),
                      Split(big[test], y[test]), hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False, bordered=True)
 
-# %% ../nbs/11_data.ipynb #a003e5bf
+# %% ../nbs/11_data.ipynb #dbfa024f
 _splits = [('seg_train', 'seg_test'), ('train', 'test'), ('train', 'valid'), ('train', 'val')]
-_suffixes = {'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm'}
 
-def _subdirs(d): return sorted(p for p in d.iterdir() if p.is_dir() and not p.name.startswith('.'))
+def _listed(d):
+    "What a folder shows, sorted"
+    try: return sorted(p for p in d.iterdir() if not p.name.startswith('.'))
+    except OSError as e: raise ValueError(f'data: {d} cannot be listed: {e.strerror}') from None
+
+def _subdirs(d): return [p for p in _listed(d) if os.path.isdir(p)]
 
 def find_splits(
     path:str|Path  # a data set's folder
 )->tuple[Path, Path]:  # the folders of the training and the test split, with a folder for each class inside
     "Where the splits of a folder are"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f'data: no folder {path}; accepted: a folder that holds {_splits[0][0]}/ and {_splits[0][1]}/, '
-                                                  'or train/ and test/ (or valid/, val/), each with a folder for every class')
+    if not os.path.isdir(path): raise FileNotFoundError(f'data: no folder {path}; accepted: a folder that holds {_splits[0][0]}/ and {_splits[0][1]}/, '
+                                                        'or train/ and test/ (or valid/, val/), each with a folder for every class')
     for names in _splits:
         found = [path/n for n in names]
-        if all(p.is_dir() for p in found): return tuple(p/p.name if (p/p.name).is_dir() else p for p in found)
+        if all(map(os.path.isdir, found)): return tuple(p/p.name if os.path.isdir(p/p.name) else p for p in found)
     have = ', '.join(p.name + '/' for p in _subdirs(path)) or 'no folders'
     raise FileNotFoundError(f'data: {path} holds {have}; accepted: ' + ' or '.join(f'{a}/ and {b}/' for a, b in _splits))
 
 def list_images(
     split:Path  # a folder with a folder for each class inside
 )->tuple[list[Path], np.ndarray, list[str]]:  # files, labels, class names
-    "The image files of one split, sorted, without opening them"
-    classes = [d.name for d in _subdirs(split)]
-    if not classes: raise ValueError(f'data: {split} holds no class folders')
-    files = [sorted(f for f in (split/c).iterdir() if f.suffix.lower() in _suffixes) for c in classes]
-    if empty := [c for c, fs in zip(classes, files) if not fs]:
-        raise ValueError(f'data: no images in {", ".join(str(split/c) for c in empty)}; accepted: at least one {", ".join(sorted(_suffixes))} for every class')
-    return sum(files, []), np.repeat(np.arange(len(classes)), [len(fs) for fs in files]), classes
+    "What lies in the class folders of one split, sorted, without opening it"
+    dirs = _subdirs(split)
+    if not dirs: raise ValueError(f'data: {split} holds no class folders')
+    files = [_listed(d) for d in dirs]
+    if empty := [str(d) for d, fs in zip(dirs, files) if not fs]: raise ValueError(f'data: no images in {", ".join(empty)}; accepted: at least one for every class')
+    return sum(files, []), np.repeat(np.arange(len(dirs)), [len(fs) for fs in files]), [unicodedata.normalize('NFC', d.name) for d in dirs]
 
-# %% ../nbs/11_data.ipynb #92f71af1
+# %% ../nbs/11_data.ipynb #fcc21921
+_formats = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+_min_side = 8  # a smaller one is a placeholder, not a picture
+
 def decode(
     file:Path,
     side:int  # in pixels
-)->np.ndarray|str:  # (side, side, 3) uint8, or the reason why the file cannot be read
+)->tuple[np.ndarray, str]|str:  # (side, side, 3) uint8 and a digest of all pixels, or the reason why there are none
     "One image, upright, in RGB, resized to a square"
     try:
-        with Image.open(file) as im:
-            return np.asarray(ImageOps.exif_transpose(im).convert('RGB').resize((side, side), Image.Resampling.BILINEAR))
+        if not os.path.isfile(file): return 'no file, or out of reach'
+        with Image.open(file, formats=_formats) as im:
+            (w, h), most = im.size, Image.MAX_IMAGE_PIXELS
+            if min(w, h) < _min_side: return f'{w}x{h} pixels; accepted: at least {_min_side}x{_min_side}'
+            if most and w*h > most: return f'{w}x{h} pixels; accepted: up to {most} in all'
+            im = _rgb(ImageOps.exif_transpose(im))
+            return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
+    except UnidentifiedImageError: return f'no image; accepted: {", ".join(_formats)}'
     except Exception as e: return f'{type(e).__name__}: {e}'.replace(str(file), file.name)
 
-# %% ../nbs/11_data.ipynb #5e4f86db
+def _rgb(im):
+    "The image with 8 bits a channel"
+    if im.mode[0] not in 'IF': return im.convert('RGB')
+    x = np.asarray(im)
+    if im.mode == 'F' or x.min() < 0 or x.max() >= 2**16: raise ValueError(f'32-bit pixels, from {x.min()} to {x.max()}; accepted: 8 or 16 bits a channel')
+    return Image.fromarray((x >> 8).astype(np.uint8)).convert('RGB')
+
+# %% ../nbs/11_data.ipynb #95f8d6ef
+_version = 2  # of the cache: to be raised when `decode` or the fields below change
+
+class _Meta(TypedDict):
+    __pydantic_config__ = strict
+    version:Literal[_version]
+    kept:list[int]  # places, among the files, of those that could be read
+    left_out:list[tuple[str, str]]  # (file, reason)
+    pixels:list[str]  # a digest of each image's pixels, before resizing
+    digest:str  # of the files' names and bytes
+    crc:int  # CRC-32 of the images as they are stored
+
+def _cache_home(): return xdg_cache_home()/'sigma_tokenizer'
+
+def _stats(file):
+    try: return file.stat().st_size, file.stat().st_mtime_ns
+    except OSError: return None
+
 def cached_images(
     root:Path,  # the data set's folder, which paths are relative to
     files:list[Path],
-    side:int  # side S to resize to, in pixels
-)->tuple[np.ndarray, dict]:  # (n, S, S, 3) uint8 of the readable files; meta with `kept`, `unreadable`, `digest`
+    side:int,  # side S to resize to, in pixels
+    stop:bool=False  # raise a `ValueError` at the first file that cannot be read
+)->tuple[np.ndarray, dict]:  # (n, S, S, 3) uint8 of the readable files; meta with `kept`, `left_out`, `pixels`, `digest`
     "The files decoded, from the cache if they have been before"
-    stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([1, str(root.resolve()), side, stats]).encode()).hexdigest()[:32]
-    home = xdg_cache_home()/'sigma_tokenizer'; cache = home/key
-    if not cache.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=home, prefix='.'))
-        try:
-            _decode_all(root, files, side, new)
-            if not cache.exists(): new.rename(cache)  # another process may have been faster
-        finally: shutil.rmtree(new, ignore_errors=True)
-    return np.load(cache/'images.npy', mmap_mode='c'), json.loads((cache/'meta.json').read_text())
+    key = json.dumps([_version, str(root.resolve()), side, [(str(f.relative_to(root)), _stats(f)) for f in files]])
+    cache = _cache_home()/hashlib.sha256(key.encode()).hexdigest()[:32]
+    make = partial(_decode_all, root, files, side, stop)
+    try: images, meta = _load_cache(made_once(cache, make), side)
+    except (ValueError, FileNotFoundError) as e:
+        if not cache.exists(): raise  # it was not the cache
+        print(f'decoding again, since the cache is damaged ({e})')
+        shutil.rmtree(cache)
+        images, meta = _load_cache(made_once(cache, make), side)
+    if stop and meta['left_out']: raise ValueError(f'data: {": ".join(meta["left_out"][0])}')
+    return images, meta
 
-def _decode_all(root, files, side, out):
+def _load_cache(cache, side):
+    meta, images = read_json(cache/'meta.json', _Meta), np.load(cache/'images.npy', mmap_mode='c', allow_pickle=False)
+    if images.shape != (len(meta['kept']), side, side, 3) or images.dtype != np.uint8 or zlib.crc32(images) != meta['crc']: raise ValueError(f'{cache}/images.npy is not what was written')
+    return images, meta
+
+# %% ../nbs/11_data.ipynb #eb075526
+def _name(root, file): return os.fsencode(file.relative_to(root)).decode(errors='backslashreplace')  # bytes that are no text would break every print
+
+def _decode_all(root, files, side, stop, out):
     "Write `images.npy` and `meta.json` into the folder `out`"
     images = np.lib.format.open_memmap(out/'images.npy', 'w+', np.uint8, (len(files), side, side, 3))
-    digest, kept, unreadable = hashlib.sha256(), [], []
+    digest, crc, kept, pixels, left_out = hashlib.sha256(), 0, [], [], []
     def work(f):
-        im = decode(f, side)
-        return (b'' if isinstance(im, str) else f.read_bytes()), im
+        got = decode(f, side)
+        return b'' if isinstance(got, str) else f.read_bytes(), got
     print(f'decoding {len(files)} images to {side} pixels, this once')
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (raw, im) in enumerate(progress_bar(pool.map(work, files), total=len(files), leave=False)):
-            name = str(files[i].relative_to(root))
-            digest.update(name.encode() + b'\0' + hashlib.sha256(raw).digest())
-            if isinstance(im, str): unreadable.append((name, im))
-            else: images[len(kept)] = im; kept.append(i)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for i, (raw, got) in enumerate(progress_bar(pool.map(work, files), total=len(files), leave=False)):
+            digest.update(os.fsencode(files[i].relative_to(root)) + b'\0' + hashlib.sha256(raw).digest())
+            if isinstance(got, str):
+                left_out.append((_name(root, files[i]), got))
+                if stop: raise ValueError(f'data: {": ".join(left_out[0])}')
+            else: images[len(kept)] = got[0]; crc = zlib.crc32(got[0], crc); kept.append(i); pixels.append(got[1])
+    finally: pool.shutdown(cancel_futures=True)
+    if not kept: raise ValueError(f'data: none of {len(files)} files can be read, the first of them {": ".join(left_out[0])}')
     images.flush()
-    if unreadable: np.save(out/'images.npy', images[:len(kept)].copy())
-    (out/'meta.json').write_text(json.dumps(dict(kept=kept, unreadable=unreadable, digest=digest.hexdigest())))
+    if left_out: np.save(out/'images.npy', images[:len(kept)].copy())
+    (out/'meta.json').write_text(json.dumps(dict(version=_version, kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest(), crc=crc)))
 
-# %% ../nbs/11_data.ipynb #2449f5e8
+# %% ../nbs/11_data.ipynb #e25bf526
 def folder_data(
     path:str|Path,  # a folder with a training and a test split
     image_size:int,  # side M of the test images, in pixels; training images are a quarter larger
-    name:str=None  # the folder's own if None
+    name:str=None,  # the folder's own if None
+    strict:bool=False  # raise a `ValueError` at the first file that is left out, or that is in both splits, instead of a warning
 )->ImageData:
-    "Any image folder, decoded once and cached; warns of unreadable images"
+    "Any image folder, decoded once and cached; warns of files left out and of images in both splits"
     path, dirs = Path(path).expanduser(), find_splits(path)
-    (files, labels, classes), listed = list_images(dirs[0]), list_images(dirs[1])
-    if listed[2] != classes:
-        raise ValueError(f'data: class folders differ: {classes} in {dirs[0].name}, {listed[2]} in {dirs[1].name}')
-    splits, unreadable, digests = [], [], []
-    for (fs, ys, _), side in [((files, labels, classes), train_side(image_size)), (listed, image_size)]:
-        images, meta = cached_images(path, fs, side)
-        splits.append(Split(images, ys[meta['kept']])); unreadable += meta['unreadable']; digests.append(meta['digest'])
+    listed = [list_images(d) for d in dirs]
+    if listed[0][2] != listed[1][2]: raise ValueError(f'data: class folders differ: {listed[0][2]} in {dirs[0].name}, {listed[1][2]} in {dirs[1].name}')
+    left_out = [(_name(path, p), 'in no class folder') for d in dirs for p in _listed(d) if not os.path.isdir(p)]
+    if strict and left_out: raise ValueError(f'data: {": ".join(left_out[0])}')
+    splits, metas, classes = [], [], listed[0][2]
+    for (files, labels, _), side in zip(listed, (train_side(image_size), image_size)):
+        images, meta = cached_images(path, files, side, strict)
+        splits.append(Split(images, labels[meta['kept']], [_name(path, files[i]) for i in meta['kept']])); metas.append(meta); left_out += meta['left_out']
         if gone := set(range(len(classes))) - set(splits[-1].labels.tolist()):
-            raise ValueError(f'data: no readable image in {fs[0].parent.parent} for {", ".join(classes[i] for i in gone)}')
-    if unreadable:
-        listing = '\n'.join(f'  {f}: {why}' for f, why in unreadable[:10]) + '\n  ...'*(len(unreadable) > 10)
-        warnings.warn(f'{len(unreadable)} of {len(files) + len(listed[0])} images in {path} cannot be read and are left out:\n{listing}')
-    return ImageData(name or path.resolve().name, classes, *splits, hashlib.sha256(''.join(digests).encode()).hexdigest()[:16],
-                     [tuple(u) for u in unreadable])
+            raise ValueError(f'data: no readable image in {files[0].parent.parent} for {", ".join(classes[i] for i in gone)}')
+    trained = dict(zip(metas[0]['pixels'], splits[0].files))
+    in_both = [(trained[p], f) for p, f in zip(metas[1]['pixels'], splits[1].files) if p in trained]
+    if strict and in_both: raise ValueError(f'data: {in_both[0][0]} and {in_both[0][1]} are the same image; accepted: none that is in both splits')
+    if left_out: _warn(f'{len(left_out)} of {sum(map(len, (left_out, *splits)))} files in {path} are left out', left_out, ': ')
+    if in_both: _warn(f'{len(in_both)} of {len(splits[1])} test images in {path} are also in the training split, pixel for pixel', in_both, ' = ')
+    return ImageData(name or path.resolve().name, classes, *splits, hashlib.sha256(''.join(m['digest'] for m in metas).encode()).hexdigest()[:16], left_out, in_both)
 
-# %% ../nbs/11_data.ipynb #9640826f
+def _warn(what, pairs, sign): warnings.warn(what + ':\n' + '\n'.join('  ' + sign.join(p) for p in pairs[:10]) + '\n  ...'*(len(pairs) > 10), stacklevel=3)
+
+# %% ../nbs/11_data.ipynb #502421ee
 def load_data(
-    data:str,  # 'digits', 'intel' (the folder data/intel if it exists, else Kaggle's copy), or the path of a folder
-    image_size:int  # side M of the model's input, in pixels
+    data:str,  # 'digits', 'intel' (the folder data/intel if it exists, else Kaggle's copy), or the path of a folder, or of a zip or tar archive of one
+    image_size:int,  # side M of the model's input, in pixels
+    strict:bool=False  # raise a `ValueError` at the first file that is left out, or that is in both splits, instead of a warning
 )->ImageData:
     "A data set by name or path"
     if data == 'digits': return digits_data(image_size)
-    if data != 'intel': return folder_data(data, image_size)
+    if data != 'intel': return folder_data(_unpacked(Path(data).expanduser()), image_size, Path(data).resolve().name, strict)
     path = Path('data/intel')
     if not path.is_dir():
         try: import kagglehub
         except ImportError: raise FileNotFoundError("data: no folder data/intel, and kagglehub is not installed to fetch the data set; either "
                                                     "pip install 'sigma_tokenizer[kaggle]', or name the folder of your own copy") from None
         path = kagglehub.dataset_download('puneet6060/intel-image-classification')
-    return folder_data(path, image_size, 'intel')
+    return folder_data(path, image_size, 'intel', strict)
 
-# %% ../nbs/11_data.ipynb #f878e162
+def _unpacked(path):
+    "The folder; of an archive, the cached one with what it holds"
+    if not os.path.isfile(path): return path
+    key = hashlib.sha256(json.dumps([str(path.resolve()), _stats(path)]).encode()).hexdigest()[:32]
+    folder = made_once(_cache_home()/f'unpacked-{key}', partial(unpack, path))
+    return inner[0] if len(inner := _subdirs(folder)) == 1 else folder
+
+# %% ../nbs/11_data.ipynb #e911b549
 def hold_out(
     data:ImageData,
     share:float  # of the training images, 0 < share < 1
@@ -195,9 +263,10 @@ def hold_out(
     images, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
     if data.bordered: small = images[:, cut:cut+side, cut:cut+side]
     else: small = np.stack([np.asarray(Image.fromarray(im).resize((side, side), Image.Resampling.BILINEAR)) for im in images])
-    return replace(data, train=Split(data.train.images[train], y[train]), test=Split(small, y[held]), evaluated='holdout')
+    names = lambda places: data.train.files and [data.train.files[i] for i in places]
+    return replace(data, train=Split(data.train.images[train], y[train], names(train)), test=Split(small, y[held], names(held)), evaluated='holdout')
 
-# %% ../nbs/11_data.ipynb #5dc00e95
+# %% ../nbs/11_data.ipynb #f0241e3e
 def random_crop(
     images:Tensor|list[Tensor],  # (S, S, 3) each
     size:int,  # side M of the crop, at most S
@@ -210,7 +279,7 @@ def random_crop(
     if flip: crops = [c.flip(1) if mirrored else c for c, mirrored in zip(crops, (torch.rand(B) < .5).tolist())]
     return torch.stack(crops)
 
-# %% ../nbs/11_data.ipynb #9c20fe06
+# %% ../nbs/11_data.ipynb #a95ba789
 def random_resized_crop(
     images:Tensor|list[Tensor],  # (S, S, 3) uint8 each
     size:int,  # side M of the result, in pixels
@@ -222,7 +291,7 @@ def random_resized_crop(
 
 _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 
-# %% ../nbs/11_data.ipynb #59e44bdc
+# %% ../nbs/11_data.ipynb #b9e5af1e
 class ImageLoader(DataLoader):
     "A fastai loader that makes batches, not items: (B, 3, M, M) float32 images and (B,) labels on the device"
     def __init__(self,
@@ -236,7 +305,7 @@ class ImageLoader(DataLoader):
         device:str|torch.device='cpu'  # on a GPU all images are kept there
     ):
         if augment not in _augmentations: raise ValueError(f'augment: got {augment!r}; accepted: {", ".join(_augmentations)}')
-        self.images, self.labels = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels)
+        self.images, self.labels, self.files = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels), split.files
         if torch.device(device).type == 'cuda': self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.image_size, self.train, self.augment, self.flip, self.normalize = image_size, train, _augmentations[augment], flip, normalize
         self.shift = imagenet_normalize(torch.zeros(3, 1, 1, device=device))
@@ -245,15 +314,20 @@ class ImageLoader(DataLoader):
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
+            self.places = idx
             images = [self.images[i] for i in idx]
             yield self.augment(images, self.image_size, self.flip) if self.train else torch.stack(images), self.labels[idx]
+
+    def last_files(self)->list[str]:  # or, of data that are no files, the images' places
+        "The files of the batch that was made last"
+        return [self.files[i] if self.files else f'image {i}' for i in self.places]
 
     def after_batch(self, b):
         x, y = b
         x = x.permute(0, 3, 1, 2).contiguous().float()
         return x.mul_(self.scale).add_(self.shift) if self.normalize else x.div_(255), y
 
-# %% ../nbs/11_data.ipynb #f58578d8
+# %% ../nbs/11_data.ipynb #f5e5dd03
 def image_loaders(
     data:ImageData,
     bs:int,  # images in a training batch; four times as many are evaluated at once
