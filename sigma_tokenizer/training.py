@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['gini_index', 'GateLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'NoValidation',
-           'create_learner', 'Epochs', 'train', 'evaluate', 'calibrate']
+           'FiniteLoss', 'create_learner', 'Epochs', 'train', 'evaluate', 'calibrate']
 
-# %% ../nbs/12_training.ipynb #0983f2e2
+# %% ../nbs/12_training.ipynb #895b6a73
 import math, os, random, time
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,11 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from .images import check_int, check_number
+from .files import replaced
 from .select import Mass, TopK, chosen
 from .vit import VisionTransformer
 
-# %% ../nbs/12_training.ipynb #4c7b30a6
+# %% ../nbs/12_training.ipynb #39aab3c0
 def gini_index(
     scores:Tensor,  # (B, N) gates >= 0, 0 at padding
     mask:Tensor  # (B, N) bool, the real tokens
@@ -46,9 +47,11 @@ class GateLoss(Callback):
         if price not in ('mean', 'gini'): raise ValueError(f"price: got {price!r}; accepted: 'mean', 'gini'")
         self.alpha, self.price = alpha, price
 
-    def before_fit(self): self.hook = self.model.tokenizer.register_forward_hook(self._see)
+    def before_batch(self):
+        if self.training: self.hook = self.model.tokenizer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
+        self.hook.remove()  # at once: an interrupted training leaves nothing behind
         if t.scores is None: raise ValueError(f'alpha: got {self.alpha}; accepted: 0, as {type(module).__name__} gives no gates')
         self.value = t.scores.sum()/t.mask.sum() if self.price == 'mean' else 1 - gini_index(t.scores, t.mask).mean()
 
@@ -57,9 +60,7 @@ class GateLoss(Callback):
         self.learn.loss_grad = self.learn.loss_grad + self.alpha*self.value
         self.learn.loss = self.learn.loss_grad.clone()
 
-    def after_fit(self): self.hook.remove()
-
-# %% ../nbs/12_training.ipynb #72bb743d
+# %% ../nbs/12_training.ipynb #0f5c291f
 @dataclass(frozen=True)
 class BudgetSchedule:
     "How many tokens each step of a training keeps"
@@ -81,7 +82,7 @@ class BudgetSchedule:
         k = random.uniform(low, high) if self.kind == 'uniform' else math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
         return None if random.random() < self.full else TopK(round(k))
 
-# %% ../nbs/12_training.ipynb #849bdc91
+# %% ../nbs/12_training.ipynb #c1411036
 class RandomBudget(Callback):
     "Train at a budget drawn anew for each batch"
     def __init__(self,
@@ -91,7 +92,7 @@ class RandomBudget(Callback):
     def before_batch(self):
         if self.training: self.learn.xb = (*self.xb, self.schedule.draw(self.model.tokenizer.n_tokens))
 
-# %% ../nbs/12_training.ipynb #2b3450f1
+# %% ../nbs/12_training.ipynb #f3d570c5
 class SelfDistillation(Callback):
     "Train each batch at full length and, from the same tokens, at a budget drawn anew"
     def __init__(self,
@@ -114,7 +115,7 @@ class SelfDistillation(Callback):
         self.learn.loss_grad = self.learn.loss_grad + (1 - self.weight)*self.loss_func(self.short, *self.yb) + self.weight*from_full
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/12_training.ipynb #c3ef068d
+# %% ../nbs/12_training.ipynb #75fae797
 def autocast(
     device:str|torch.device,
     precision:str  # 'float32' or 'bfloat16'
@@ -128,10 +129,18 @@ class BFloat16(Callback):
     def before_batch(self): self.context = autocast(self.dls.device, 'bfloat16'); self.context.__enter__()
     def after_loss(self): self.context.__exit__(None, None, None)
 
-# %% ../nbs/12_training.ipynb #1b09a3a9
+# %% ../nbs/12_training.ipynb #9d041af8
 class NoValidation(Callback):
     "Leave the validation split alone during training"
     def before_validate(self): raise CancelValidException()
+
+class FiniteLoss(Callback):
+    "Stop at a loss that is no number, before it reaches the weights, and name the batch"
+    order = 70  # after all that adds to the loss
+    def after_loss(self):
+        if not self.training or self.learn.loss.isfinite(): return
+        files = getattr(self.dl, 'last_files', lambda: ['its files are not known'])()
+        raise FloatingPointError(f'loss: got {self.learn.loss.item()} in epoch {self.epoch + 1}, step {self.iter + 1} of {self.n_iter}; accepted: a finite number. The batch: {", ".join(files)}')
 
 def create_learner(
     model:VisionTransformer,
@@ -141,11 +150,11 @@ def create_learner(
 )->Learner:
     "A fastai learner: cross-entropy, AdamW, training accuracy in the log"
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), wd=wd,
-                    metrics=accuracy, cbs=[NoValidation(), *cbs])
+                    metrics=accuracy, cbs=[NoValidation(), FiniteLoss(), *cbs])
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
     return learn
 
-# %% ../nbs/12_training.ipynb #f687ee63
+# %% ../nbs/12_training.ipynb #7be76d9d
 def _random_states(learn):
     "The state of every random number generator that training draws from"
     kind, keys, *rest = np.random.get_state()
@@ -157,7 +166,23 @@ def _set_random_states(learn, states):
     learn.dls.train.rng.setstate(states['loader'])
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
 
-# %% ../nbs/12_training.ipynb #7f7b01f0
+# %% ../nbs/12_training.ipynb #9bbd1481
+def _earlier(path): return path.with_suffix(f'.old{path.suffix}')
+
+def _load_checkpoint(
+    paths  # newest first
+):
+    "The first checkpoint that can be read; None if there is none"
+    damage = []
+    for path in filter(Path.exists, paths):
+        try: saved = torch.load(path, map_location='cpu', weights_only=True)  # tensors and plain values, no program
+        except Exception as e: damage.append(f'{path} is no checkpoint: {(str(e) or type(e).__name__).splitlines()[0].split(". ")[0]}'); continue
+        if isinstance(saved, dict) and {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'} <= set(saved):
+            if damage: print(f'{damage[0]}; going on from {path}')
+            return saved
+        damage.append(f'{path} is no checkpoint')
+    if damage: raise ValueError(f'{"; ".join(damage)}. Delete it, and the run begins again')
+
 class Epochs(Callback):
     "Log each epoch in `log`, keep a checkpoint, and begin no epoch that would end after the deadline, if it takes as long as the last"
     order = 80  # after the recorder, and after what skips the epochs that were done before
@@ -168,9 +193,9 @@ class Epochs(Callback):
     ): self.path, self.made_of, self.deadline, self.log, self.saved = path and Path(path), made_of, deadline, [], None
 
     def load(self, learn):
-        "Go on from the checkpoint if there is one; the number of epochs done"
-        if self.path is None or not self.path.exists(): return 0
-        saved = torch.load(self.path, map_location='cpu', weights_only=True)
+        "Go on from the last good checkpoint if there is one; the number of epochs done"
+        saved = self.path and _load_checkpoint([self.path, _earlier(self.path)])
+        if not saved: return 0
         if saved['made_of'] != self.made_of: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
         learn.create_opt()
         learn.model.load_state_dict(saved['model']); learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
@@ -193,32 +218,42 @@ class Epochs(Callback):
     def after_epoch(self):
         if self.epoch < len(self.log): return
         loss, acc, *_ = self.recorder.values[-1]
-        self.log.append(dict(epoch=self.epoch, train_loss=loss if math.isfinite(loss) else None, train_accuracy=acc, seconds=self.seconds))
+        self.log.append(dict(epoch=self.epoch, train_loss=loss, train_accuracy=acc, seconds=self.seconds))
+        if broken := [n for n, v in self.model.state_dict().items() if not v.isfinite().all()]:
+            raise FloatingPointError(f'weights: NaN or infinite after epoch {self.epoch + 1}, in {", ".join(broken[:5])}')
         if self.path: self.save()
 
     def save(self):
         smooth = self.recorder.smooth_loss
-        torch.save(dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log, random=_random_states(self.learn),
-                        smooth_loss=(smooth.count, float(smooth.val))), new := self.path.with_suffix('.tmp'))
-        os.replace(new, self.path)
+        state = dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log, random=_random_states(self.learn),
+                     smooth_loss=(smooth.count, float(smooth.val)))
+        with replaced(self.path) as new:
+            try: torch.save(state, new)
+            except RuntimeError as e: raise OSError(f'{self.path} cannot be written (is the disk full?): {str(e).splitlines()[0]}') from None
+            if self.path.exists(): os.replace(self.path, _earlier(self.path))
 
-# %% ../nbs/12_training.ipynb #92f46bde
+# %% ../nbs/12_training.ipynb #92492228
 def train(
     learn:Learner,
     epochs:int,
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
     **checkpoint  # arguments of `Epochs`: path, made_of, deadline
-)->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included; None if it is not finite), train_accuracy, seconds
+)->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included), train_accuracy, seconds
     "Fit, and give back the log: shorter than `epochs` if the deadline came first"
     if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
     log = Epochs(**checkpoint)
     done = log.load(learn)
     fit = learn.fit_one_cycle if schedule == 'one_cycle' else learn.fit
-    if done < epochs: fit(epochs, lr, cbs=log, start_epoch=done)
+    try:
+        if done < epochs: fit(epochs, lr, cbs=log, start_epoch=done)
+    except (FloatingPointError, OSError) as e:
+        good = f'{log.path} is from epoch {len(log.log)}' if log.path and log.path.exists() else 'none'
+        said = str(e).split('`:\n\t')[-1]  # fastai puts before it in which callback it was
+        raise type(e)(f'{said}. The last good checkpoint: {good}') from None
     return log.log
 
-# %% ../nbs/12_training.ipynb #265939d8
+# %% ../nbs/12_training.ipynb #8e8023fc
 @torch.no_grad()
 def evaluate(
     model:VisionTransformer,
@@ -236,7 +271,7 @@ def evaluate(
         if tokens.scores is not None: gates.append(tokens.scores.cpu())
     return {name: torch.cat(parts, -1).numpy() for name, parts in said.items()}, torch.cat(gates).numpy() if gates else None
 
-# %% ../nbs/12_training.ipynb #d60dc2ef
+# %% ../nbs/12_training.ipynb #67065fc0
 @torch.no_grad()
 def calibrate(
     model:VisionTransformer,  # with gates
