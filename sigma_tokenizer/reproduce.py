@@ -5,26 +5,34 @@
 # %% auto #0
 __all__ = ['run_jobs', 'reproduce', 'sigma_reproduce']
 
-# %% ../nbs/15_reproduce.ipynb #812b3544
+# %% ../nbs/15_reproduce.ipynb #bd01be6a
 import json, math, os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.script import call_parse, store_true
 from .images import check_int, check_number
+from .files import locked, remove_parts
+from .models import create_model
 from .data import hold_out, load_data
 from .results import load_result, load_results, result_path, result_table, table_lines, write_summary
-from .runs import describe, load_preset, plan, run_config, run_job, run_rows
+from .runs import describe, load_preset, plan, remove_checkpoints, run_config, run_job, run_rows
 
-# %% ../nbs/15_reproduce.ipynb #9e865558
+# %% ../nbs/15_reproduce.ipynb #c9cc0fc8
+_child = """import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(4)), daemon=True).start()  # the parent's end of the pipe closes when it ends, however it ends
+import json, sys
+from sigma_tokenizer.runs import run_job
+sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)"""
+
 def _in_process(job, log, jobs):
-    "Do one job in a process of its own; whether it was done before the deadline"
+    "Do one job in a process of its own, that ends with this one; whether it was done before the deadline"
     if time.time() > job['deadline']: return False
     threads = {} if jobs == 1 else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
-    code = 'import sys, json; from sigma_tokenizer.runs import run_job; sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)'
-    with open(log, 'a') as f: rc = subprocess.run([sys.executable, '-c', code, json.dumps(job)], stdout=f, stderr=f, env=os.environ | threads).returncode
-    if rc not in (0, 3): raise RuntimeError(f'{job["run"]}, seed {job["seed"]} failed (exit status {rc}); its log is {log}')
+    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=os.environ | threads) as child: rc = child.wait()
+    if rc not in (0, 3): raise RuntimeError(f'exit status {rc}, {" ".join(log.read_text(errors="replace").splitlines()[-1:])[:500]}; its log is {log}')
     return rc == 0
 
 def run_jobs(
@@ -32,23 +40,28 @@ def run_jobs(
     jobs:int=1  # processes side by side; 1 runs in this process
 ):  # yields (job, whether it was done) as each ends
     "Do all jobs; one that fails is raised at the end, and stops no other"
+    failed = []
+    def fails(job, error): failed.append(f'{job["run"]}, seed {job["seed"]} failed: {error}'); print(failed[-1], flush=True)
     if jobs == 1:
         for job in todo:
-            print(f'\n{job["run"]}, seed {job["seed"]}'); yield job, run_job(**job)
-        return
-    failed, pool = [], ThreadPoolExecutor(jobs)
-    waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs): job for job in todo}
-    try:
-        for future in as_completed(waiting):
-            if error := future.exception(): failed.append(str(error)); print(error)
-            else: yield waiting[future], future.result()
-    finally: pool.shutdown(cancel_futures=True)  # an interrupt begins no further job
+            print(f'\n{job["run"]}, seed {job["seed"]}', flush=True)
+            try: done = run_job(**job)
+            except (ValueError, ArithmeticError, RuntimeError) as e: fails(job, e)
+            else: yield job, done
+    else:
+        pool = ThreadPoolExecutor(jobs)
+        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs): job for job in todo}
+        try:
+            for future in as_completed(waiting):
+                if error := future.exception(): fails(waiting[future], error)
+                else: yield waiting[future], future.result()
+        finally: pool.shutdown(cancel_futures=True)  # an interrupt begins no further job
     if failed: raise RuntimeError('; '.join(failed))
 
-# %% ../nbs/15_reproduce.ipynb #e575b1a9
+# %% ../nbs/15_reproduce.ipynb #9ccbc65a
 def reproduce(
     preset:str='quick',  # one of `list_presets()`, or the path of a TOML file like theirs
-    data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
+    data:str=None,  # 'digits', 'intel' or the path of a folder or archive; the preset's if None
     methods:list[str]=None,  # runs of `experiments.toml`; 'fft' and 'svd' for all of theirs; all of the preset if None
     seeds:list[int]=None,  # the preset's if None
     epochs:int=None,  # the preset's if None
@@ -57,7 +70,8 @@ def reproduce(
     out:str=None,  # folder of the results; runs/<preset> if None
     jobs:int=1,  # trainings side by side, each a process with its log in `out`
     minutes:float=None,  # begin no epoch that would end later; the next call goes on. No limit if None
-    check:bool=False  # instead: two steps of every run at full size, and no results
+    check:bool=False,  # instead: two steps of every run at full size, and no results
+    strict:bool=False  # stop at the first file of the data that cannot be read, or that is in both splits
 )->pd.DataFrame:  # `result_table` of all results in `out`
     "Train what is asked, evaluate every row, write results, table and picture"
     start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{Path(preset).stem}')
@@ -67,26 +81,33 @@ def reproduce(
     if minutes is not None: check_number('minutes', minutes, '> 0', lambda m: m > 0)
     check_int('jobs', jobs)
     device, data = _device(device), data or settings['data']
-    dataset = load_data(data, settings['model']['image_size'])
+    _try_models(configs)
+    dataset = load_data(data, settings['model']['image_size'], strict)
     if holdout is not None: dataset = hold_out(dataset, holdout)
-    out.mkdir(parents=True, exist_ok=True)
-    for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
-    missing = [job for job in todo if not result_path(out, *job).exists()]
-    if check: missing = [(run, todo[0][1]) for run in configs]
-    print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes\n'
-          f'{len(todo)} runs, {len(missing)} of them to do, on {device}; results in {out}\nreported figures: Intel scenes at 256 pixels, ViT-B\n')
+    print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes; '
+          f'{len(dataset.left_out)} files left out, {len(dataset.in_both)} images in both splits')
     common = dict(data=data, holdout=holdout, device=device, out=str(out), check=check, deadline=start + 60*minutes if minutes else math.inf)
     title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
-    print('\n'.join(table_lines(result_table([load_result(result_path(out, *job)) for job in todo if job not in missing]))))
+    with nullcontext() if check else locked(out): return _all_runs(todo, configs, dataset, out, title, jobs, start, common)
+
+def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
+    "Do what has no result yet, in a folder that is ours"
+    if not common['check']: remove_parts(out)
+    for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
+    missing = [(run, todo[0][1]) for run in configs] if common['check'] else [job for job in todo if not result_path(out, *job).exists()]
+    print(f'{len(todo)} runs, {len(missing)} of them to do, on {common["device"]}; results in {out}\nreported figures: Intel scenes at 256 pixels, ViT-B\n')
+    there = [job for job in todo if job not in missing]
+    print('\n'.join(table_lines(result_table([load_result(result_path(out, *job)) for job in there]))), flush=True)
+    for job in () if common['check'] else there: remove_checkpoints(out, *job)  # of a run that was killed between its result and their removal
     for job, done in run_jobs([dict(run=run, seed=seed, config=configs[run], **common) for run, seed in missing], jobs):
-        if check or not done: continue
+        if common['check'] or not done: continue
         print('\n'.join(table_lines(result_table([load_result(result_path(out, job['run'], job['seed']))]))[2:]), flush=True)
         write_summary(out, title)
     minutes = (time.time() - start)/60
-    if check: print(f'\nall runs work here; {minutes:.1f} minutes')
-    return result_table(load_results(out)) if check else _finish(out, title, todo, minutes)
+    if common['check']: print(f'\nall runs work here; {minutes:.1f} minutes')
+    return result_table(load_results(out)) if common['check'] else _finish(out, title, todo, minutes)
 
-# %% ../nbs/15_reproduce.ipynb #472aec7e
+# %% ../nbs/15_reproduce.ipynb #4b2f59c0
 def _device(device):
     "The device, tried"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -95,6 +116,13 @@ def _device(device):
         raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
     return device
 
+def _try_models(configs):
+    "Make every model without memory: what cannot be made is to be known before the first training"
+    for run, config in configs.items():
+        try:
+            with torch.device('meta'): create_model(**config['model'])
+        except ValueError as e: raise ValueError(f'{run}: {e}') from None
+
 def _finish(out, title, todo, minutes):
     "Write the summary of all results, and say what is still to do"
     table, left = write_summary(out, title), [job for job in todo if not result_path(out, *job).exists()]
@@ -102,7 +130,7 @@ def _finish(out, title, todo, minutes):
           (f'\nstill to do: {", ".join(f"{run} (seed {seed})" for run, seed in left)}' if left else ''))
     return table
 
-# %% ../nbs/15_reproduce.ipynb #780248af
+# %% ../nbs/15_reproduce.ipynb #7a48ec39
 def _check_same(result, config, data, out):
     "Refuse a result of other data than these or, where its run is asked for (`config`), of other settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
@@ -114,11 +142,11 @@ def _check_same(result, config, data, out):
         raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run with other settings ({"; ".join(differ)}); '
                          'name another --out, or delete it')
 
-# %% ../nbs/15_reproduce.ipynb #df4d4d03
+# %% ../nbs/15_reproduce.ipynb #13e4870d
 @call_parse
 def sigma_reproduce(
     preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores), small_half (its ablations of the gates' price), small_long (a better recipe, and models trained to be short), short_ablations (what makes them good), paper and paper_long (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
-    data:str=None,  # digits, intel, or the path of a folder with a training and a test split (default: the preset's)
+    data:str=None,  # digits, intel, or the path of a folder (or a zip or tar archive) with a training and a test split (default: the preset's)
     methods:str=None,  # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
     seeds:str=None,  # seeds, separated by commas (default: the preset's)
     epochs:int=None,  # epochs (default: the preset's)
@@ -127,10 +155,11 @@ def sigma_reproduce(
     out:str=None,  # folder of the results (default: runs/PRESET)
     jobs:int=1,  # trainings side by side, each a process with its own log
     minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
-    check:store_true=False  # train two steps of every run at full size, and keep nothing
+    check:store_true=False,  # train two steps of every run at full size, and keep nothing
+    strict:store_true=False  # stop at the first file of the data that cannot be read, or that is in both splits (default: leave it out, or report it, and count it in the results)
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
     try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdigit() else s for s in items(seeds)], epochs, holdout, device, out,
-                  jobs, minutes, check)
+                  jobs, minutes, check, strict)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')

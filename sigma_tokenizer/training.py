@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gini_index', 'GateLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'NoValidation',
-           'FiniteLoss', 'create_learner', 'Epochs', 'train', 'evaluate', 'calibrate']
+           'FiniteLoss', 'create_learner', 'checkpoints', 'Epochs', 'train', 'evaluate', 'calibrate']
 
 # %% ../nbs/12_training.ipynb #895b6a73
 import math, os, random, time
@@ -166,8 +166,12 @@ def _set_random_states(learn, states):
     learn.dls.train.rng.setstate(states['loader'])
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
 
-# %% ../nbs/12_training.ipynb #9bbd1481
-def _earlier(path): return path.with_suffix(f'.old{path.suffix}')
+# %% ../nbs/12_training.ipynb #deee50d8
+def checkpoints(
+    path:Path  # of the checkpoint
+)->list[Path]:
+    "Where the last checkpoint is, and the one before it"
+    return [path, path.with_suffix(f'.old{path.suffix}')]
 
 def _load_checkpoint(
     paths  # newest first
@@ -194,7 +198,7 @@ class Epochs(Callback):
 
     def load(self, learn):
         "Go on from the last good checkpoint if there is one; the number of epochs done"
-        saved = self.path and _load_checkpoint([self.path, _earlier(self.path)])
+        saved = self.path and _load_checkpoint(checkpoints(self.path))
         if not saved: return 0
         if saved['made_of'] != self.made_of: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
         learn.create_opt()
@@ -230,7 +234,7 @@ class Epochs(Callback):
         with replaced(self.path) as new:
             try: torch.save(state, new)
             except RuntimeError as e: raise OSError(f'{self.path} cannot be written (is the disk full?): {str(e).splitlines()[0]}') from None
-            if self.path.exists(): os.replace(self.path, _earlier(self.path))
+            if self.path.exists(): os.replace(*checkpoints(self.path))
 
 # %% ../nbs/12_training.ipynb #92492228
 def train(
