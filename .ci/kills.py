@@ -4,11 +4,12 @@
     python .ci/kills.py --kills 2 --seed 1       fewer, at other moments
 
 First the undisturbed runs, one process (`--jobs 1`) and children side by side (`--jobs 2`). Then, for each kill, a new folder, the same command, SIGKILL for the command alone (not for its children) at a moment drawn evenly from the
-undisturbed run's time, and the same command again to its end. Compared are all result files number for number (but for the seconds that they took), and predictions, tables and picture byte for byte. Exit 1 if anything differs.
+undisturbed run's processor time (a clock that other work on the machine does not disturb), and the same command again to its end. Compared are all result files number for number (but for the seconds that they took), and predictions, tables and picture byte for byte. Exit 1 if anything differs.
 """
 import argparse, hashlib, json, os, random, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import psutil
 from sigma_tokenizer.runs import provenance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,23 +31,39 @@ def content(out):
     files = [p for p in sorted(out.iterdir()) if not p.name.startswith('.') and p.suffix != '.log']
     return {p.name: timeless(json.loads(p.read_text())) if p.suffix == '.json' else hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
+def spent(p):
+    "Processor seconds of a process, its children, and theirs; None when it has ended"
+    total = 0.
+    try:
+        for q in [p, *p.children(recursive=True)]:
+            try: total += sum(q.cpu_times()[:4])
+            except psutil.NoSuchProcess:
+                if q == p: raise
+        return total if p.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess: return None
+
+def until(process, seconds):
+    "Wait until that much was spent, or the process ended; what was spent"
+    p, last = psutil.Process(process.pid), 0.
+    while (now := spent(p)) is not None and now < seconds: last = max(last, now); time.sleep(.02)
+    return last if now is None else now
+
 def whole(home, jobs):
-    start, out = time.time(), home/f'whole-{jobs}'
-    if begin(out, jobs).wait(): sys.exit(f'the undisturbed run failed:\n{Path(f"{out}.log").read_text()[-2000:]}')
-    return content(out), time.time() - start
+    out = home/f'whole-{jobs}'; process = begin(out, jobs); seconds = until(process, float('inf'))
+    if process.wait(): sys.exit(f'the undisturbed run failed:\n{Path(f"{out}.log").read_text()[-2000:]}')
+    return content(out), seconds
 
 def kill(home, i, jobs, moment, want):
     "One kill, and what came of it"
     out, start = home/f'kill-{i}', time.time()
-    p = begin(out, jobs)
-    time.sleep(moment)
+    p = begin(out, jobs); until(p, moment)
     ended = p.poll() is not None
     p.kill(); p.wait()
     left = [q.name for q in out.iterdir()] if out.exists() else []
     then = begin(out, jobs).wait()
     got = content(out) if out.exists() else {}
     differ = sorted(k for k in {*want, *got} if want.get(k) != got.get(k))
-    found = dict(kill=i, jobs=jobs, after_seconds=round(moment, 1), ended_before=ended, results_there=sum(n.endswith('.json') for n in left), checkpoints_there=sum(n.endswith('.ckpt') and '.old.' not in n for n in left),
+    found = dict(kill=i, jobs=jobs, after_processor_seconds=round(moment, 1), ended_before=ended, results_there=sum(n.endswith('.json') for n in left), checkpoints_there=sum(n.endswith('.ckpt') and '.old.' not in n for n in left),
                  exit_status=then, files=len(want), differ=differ, identical=not differ and then == 0, seconds=round(time.time() - start, 1))
     print(found, flush=True)
     return found
@@ -55,11 +72,11 @@ start, draw = time.time(), random.Random(args.seed)
 with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(args.side) as pool:
     home = Path(home)
     wholes = dict(zip((1, 2), pool.map(lambda jobs: whole(home, jobs), (1, 2))))
-    print({jobs: f'{seconds:.0f} s, {len(files)} files' for jobs, (files, seconds) in wholes.items()}, flush=True)
+    print({f'--jobs {jobs}': f'{seconds:.0f} processor seconds, {len(files)} files' for jobs, (files, seconds) in wholes.items()}, flush=True)
     moments = [(i, 1 + i % 2, draw.uniform(0, wholes[1 + i % 2][1])) for i in range(args.kills)]
     kills = list(pool.map(lambda m: kill(home, *m, wholes[m[1]][0]), moments))
-good = sum(k['identical'] for k in kills)
+good = sum(k['identical'] and not k['ended_before'] for k in kills)
 args.out.parent.mkdir(parents=True, exist_ok=True)
-args.out.write_text(json.dumps(dict(preset=args.preset, seed=args.seed, **provenance('cpu'), minutes=round((time.time() - start)/60, 1), undisturbed_seconds={j: round(s, 1) for j, (_, s) in wholes.items()}, kills=kills), indent=1) + '\n')
+args.out.write_text(json.dumps(dict(preset=args.preset, seed=args.seed, **provenance('cpu'), minutes=round((time.time() - start)/60, 1), undisturbed_processor_seconds={j: round(s, 1) for j, (_, s) in wholes.items()}, kills=kills), indent=1) + '\n')
 print(f'{good} of {len(kills)} identical, {(time.time() - start)/60:.0f} minutes; {args.out}')
 sys.exit(good < len(kills))

@@ -161,7 +161,7 @@ def cached_images(
     cache = _cache_home()/hashlib.sha256(key.encode()).hexdigest()[:32]
     make = partial(_decode_all, root, files, side, stop)
     try: images, meta = _load_cache(made_once(cache, make), side)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError, EOFError) as e:
         if not cache.exists(): raise  # it was not the cache
         print(f'decoding again, since the cache is damaged ({e})')
         shutil.rmtree(cache)

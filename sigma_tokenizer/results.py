@@ -7,8 +7,8 @@ __all__ = ['load_experiments', 'reported', 'metrics', 'Row', 'Epoch', 'DataUsed'
            'load_result', 'load_predictions', 'load_results', 'result_table', 'table_lines', 'plot_tokens',
            'write_summary']
 
-# %% ../nbs/13_results.ipynb #73b731bf
-import json, math, tomllib, zipfile, zlib
+# %% ../nbs/13_results.ipynb #bf693c16
+import json, math, tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,7 +121,8 @@ def load_predictions(
         with np.load(path, allow_pickle=False) as f: said = dict(f)
         shapes = {k: v.shape for k, v in said.items()}
         if {*shapes} - {'confidence'} != {'labels', 'preds', 'lengths'} or len({shapes[k] for k in shapes if k != 'labels'}) > 1 or shapes['labels'] != shapes['preds'][1:]: raise ValueError(shapes)
-    except (ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e: raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths and confidence (rows, n)') from None
+    except FileNotFoundError: raise
+    except Exception as e: raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths and confidence (rows, n)') from None
     return said
 
 def load_results(

@@ -25,9 +25,10 @@ def _one_sign(
 
 # %% ../nbs/06_svd.ipynb #ba373266
 def _gram_spectrum(x):
-    "All singular values, largest first, and right vectors, in float64"
+    "All singular values, largest first, and right vectors, in float64; values that rounding alone could make are 0"
     lam, V = torch.linalg.eigh(x.double().mT @ x.double())
-    return lam.flip(-1).clamp(min=0).sqrt(), V.flip(-1)
+    lam = lam.flip(-1)
+    return torch.where(lam > lam.shape[-1]*torch.finfo(lam.dtype).eps*lam[..., :1], lam, 0).sqrt(), V.flip(-1)
 
 def _left_vectors(x, S, V):
     "u = Xv/sigma; zero where sigma is"
