@@ -7,7 +7,7 @@ __all__ = ['in_turns', 'median_ms', 'count_flops', 'peak_memory', 'bench_images'
            'budgets', 'bench_methods', 'timm_vit', 'bench_encoders', 'bench_svd', 'check_ranks', 'PILFolder',
            'bench_data', 'bench_training', 'processor', 'sigma_bench']
 
-# %% ../nbs/18_bench.ipynb #b41878a4
+# %% ../nbs/18_bench.ipynb #5b7179a0
 import json, os, platform, time
 from importlib import metadata
 from importlib.util import find_spec
@@ -33,10 +33,11 @@ from .svd import SVDTokenizer, kept_triplets, leading_triplets, sure_rank
 from .models import create_model
 from .data import find_splits, image_loaders, list_images, load_data, random_crop, train_side
 from .training import autocast
+from .files import replaced
 from .runs import load_preset, provenance
 from .peers import plain_encoder, plain_svd_tokens, tome_encoder, zero_padded
 
-# %% ../nbs/18_bench.ipynb #ed7e82c6
+# %% ../nbs/18_bench.ipynb #0548f00a
 def in_turns(
     calls:dict,  # name -> function without arguments
     repeats:int=5,  # rounds
@@ -54,7 +55,7 @@ def in_turns(
 
 def median_ms(seconds): return round(1e3*float(np.median(seconds)), 4)
 
-# %% ../nbs/18_bench.ipynb #43838be0
+# %% ../nbs/18_bench.ipynb #a648c38e
 def count_flops(call)->int:
     "Floating-point operations of a call"
     with FlopCounterMode(display=False) as counter: call()
@@ -73,7 +74,7 @@ def peak_memory(
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
     return int(np.cumsum([0] + [n for _, n in events]).max())
 
-# %% ../nbs/18_bench.ipynb #b7cacffe
+# %% ../nbs/18_bench.ipynb #79cc7533
 def bench_images(
     n:int,
     size:int,  # side in pixels
@@ -113,7 +114,7 @@ def bench_models(
         if '_gated' in label: spread_gates(models[label][0], imagenet_normalize(images.to(device)))
     return models
 
-# %% ../nbs/18_bench.ipynb #7d0e2ebf
+# %% ../nbs/18_bench.ipynb #a1b6e634
 def encode_padded(
     model:VisionTransformer,
     t:Tokens  # with positions
@@ -134,7 +135,7 @@ def budgets(
     mean = round(chosen(model.embed(images), Mass(.5)).sum(1).double().mean().item())
     return {'all': None} | {f'k={k}': TopK(k) for k in ks} | {'mass 0.5': Mass(.5), f'k={mean}, as mass 0.5': TopK(mean)}
 
-# %% ../nbs/18_bench.ipynb #43880835
+# %% ../nbs/18_bench.ipynb #42f6bdcd
 def bench_methods(
     models:dict,  # `bench_models`
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device: the batch
@@ -160,13 +161,13 @@ def bench_methods(
         row |= dict(whole_rounds_ms=[median_ms(s) for s in seconds[i, 'whole']], images_per_s=round(len(images)/row['whole_ms']*1e3, 2))
     return rows
 
-# %% ../nbs/18_bench.ipynb #49b6f538
+# %% ../nbs/18_bench.ipynb #93de2952
 def _row(method, kept, lengths, parts, device):
     n = len(lengths)
     return dict(method=method, kept=kept, batch_size=n, tokens=round(lengths.double().mean().item() + 1, 2), shortest=lengths.min().item() + 1, longest=lengths.max().item() + 1,
                 gflop=round(count_flops(parts['whole'])/n/1e9, 5), tokenizer_gflop=round(count_flops(parts['tokenizer'])/n/1e9, 5), peak_mib=round(peak_memory(parts['whole'], device)/2**20, 2), parts=parts)
 
-# %% ../nbs/18_bench.ipynb #87ac04a6
+# %% ../nbs/18_bench.ipynb #18e862ab
 def timm_vit(
     size:dict  # arguments of `create_model`
 ):  # timm's model, or None without timm
@@ -203,7 +204,7 @@ def _products(model, x):
         few, weight = (x[:, :1], b.attn.qkv.weight[x.shape[-1]:]) if b is model.blocks[-1] else (x, b.attn.qkv.weight)
         F.linear(x, weight); b.attn.proj(few); b.mlp[-1](b.mlp[0](few))
 
-# %% ../nbs/18_bench.ipynb #0934c2cc
+# %% ../nbs/18_bench.ipynb #839dcd52
 @torch.no_grad()
 def bench_svd(
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device
@@ -246,7 +247,7 @@ def check_ranks(
                          certified={q: torch.cat(found[p]).sum().item() for q, found in blocks.items()} if criterion == 'squared' else {}))
     return rows
 
-# %% ../nbs/18_bench.ipynb #a02486bd
+# %% ../nbs/18_bench.ipynb #1838040b
 class PILFolder(Dataset):
     "The reported training transform, item by item"
     def __init__(self,
@@ -278,7 +279,7 @@ def bench_data(
     seconds = in_turns(dict(ours=lambda: sum(len(next(batches)[0]) for _ in range(n//bs))) | calls, repeats, device)
     return dict(image_size=size, batch_size=bs, processes=processes) | {name: round((n//bs*bs if name == 'ours' else len(some))/float(np.median(s)), 1) for name, s in seconds.items()}
 
-# %% ../nbs/18_bench.ipynb #6bf94655
+# %% ../nbs/18_bench.ipynb #fed676e3
 def bench_training(
     size:dict,  # arguments of `create_model`
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device: the batch
@@ -301,7 +302,7 @@ def bench_training(
     for r, seconds in zip(rows, in_turns(calls, repeats, device).values()): r |= dict(ms=median_ms(seconds), images_per_s=round(len(x)/float(np.median(seconds)), 2))
     return rows
 
-# %% ../nbs/18_bench.ipynb #30e873ac
+# %% ../nbs/18_bench.ipynb #511e8976
 def processor()->str:
     "The name of the processor, or of its architecture where the system does not tell"
     info = Path('/proc/cpuinfo')
@@ -336,7 +337,8 @@ def sigma_bench(
     del models
     if methods is None: _others(result, size, images, sizes, data, device, compiled, settings['train']['batch_size'])
     path = Path(out)/f'{Path(preset).stem}-{torch.device(device).type}-{precision}{"" if methods is None else "-" + methods}.json'
-    path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(result, indent=1) + '\n')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as new: new.write_text(json.dumps(result, indent=1) + '\n')
     print(path)
 
 def _others(result, size, images, sizes, data, device, compiled, bs):

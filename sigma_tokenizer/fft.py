@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import patches_per_side, check_images, check_int, check_number
+from .images import patches_per_side, check_finite, check_images, check_int, check_number
 from .tokens import Tokens
 from .stem import ConvStem
 
@@ -20,6 +20,7 @@ def log_spectrum(
     shift:bool=True  # bring frequency 0 to the centre
 )->Tensor:  # (B, 2C, M, M): the real parts of all channels, then the imaginary parts; float32 or better
     "sign(v) log(1 + |v|) of the orthonormal 2-D Fourier transform"
+    check_finite('x', x)
     f = torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)), norm='ortho')
     if shift: f = torch.fft.fftshift(f, dim=(-2, -1))
     f = torch.cat([f.real, f.imag], 1)
@@ -30,7 +31,8 @@ def crop(
     s:int  # side to keep, even, at most M
 )->Tensor:  # (..., s, s)
     "The centred square: in a shifted spectrum, the frequencies from -s/2 to s/2 - 1 along both axes"
-    if not 0 < s <= f.shape[-1]: raise ValueError(f's: got {s}; accepted: 1 to {f.shape[-1]}')
+    check_int('s', s)
+    if s > f.shape[-1]: raise ValueError(f's: got {s}; accepted: 1 to {f.shape[-1]}')
     lo = (f.shape[-1] - s)//2
     return f[..., lo:lo+s, lo:lo+s]
 
@@ -41,6 +43,7 @@ def energy_side(
     step:int=16  # sides are multiples of this, a divisor of M
 )->Tensor:  # (B,) int64 sides
     "The smallest side whose centred square holds at least a share `p` of each spectrum's energy, the sum of squares"
+    check_finite('f', f)
     M = f.shape[-1]; check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1); check_int('step', step)
     if M % step: raise ValueError(f'step: got {step}; accepted: a divisor of the side, {M}')
     table = F.pad(f.double().square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))
@@ -55,6 +58,8 @@ def radial_bins(
     patch_size:int  # a bin holds as many frequencies as a square of this side, a divisor of s
 )->Tensor:  # (B, C*patch_size^2, (s/patch_size)^2), from the centre outwards
     "The frequencies by distance from the centre (ties row by row), in bins of equal count"
+    check_int('patch_size', patch_size)
+    if f.shape[-1] % patch_size: raise ValueError(f'patch_size: got {patch_size}; accepted: a divisor of the side, {f.shape[-1]}')
     d = torch.arange(f.shape[-1], device=f.device) - f.shape[-1]//2
     outwards = (d[:, None]**2 + d**2).flatten().argsort(stable=True)
     return f.flatten(2)[..., outwards].unflatten(-1, (-1, patch_size**2)).transpose(2, 3).flatten(1, 2)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 import torch
 from torch import Tensor
-from .images import check_int, check_number
+from .images import check_finite, check_int, check_number
 from .tokens import Tokens
 
 # %% ../nbs/02_select.ipynb #93e220dc
 def _ranked(scores, mask):
     "Gates from high to low in steps of 2^-16, at least one step, padding last as 0; and the places they come from"
+    check_finite('scores', scores)
     steps = (scores.double()*2**16).round().clamp(min=1).masked_fill(~mask, 0)
     return steps.sort(dim=1, descending=True, stable=True)
 

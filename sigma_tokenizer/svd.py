@@ -10,7 +10,7 @@ from functools import lru_cache
 import math
 import torch
 from torch import Tensor, nn
-from .images import check_images, check_int, check_number
+from .images import check_finite, check_images, check_int, check_number
 from .tokens import Tokens
 
 # %% ../nbs/06_svd.ipynb #fe19b8ba
@@ -41,6 +41,7 @@ def singular_triplets(
     x:Tensor  # (..., M, M) matrices
 )->tuple[Tensor, Tensor, Tensor]:  # U (..., M, M), S (..., M), V (..., M, M); triplet i is U[..., i], S[..., i], V[..., i]
     "All singular vectors, as columns, and values, largest first, in float32 or better"
+    check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)
         S, V = _gram_spectrum(x)
@@ -58,7 +59,7 @@ def energy_rank(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->Tensor:  # (B,) int64 ranks, 1 to M
     "The smallest rank whose singular values hold at least a share `p` of the total over all channels"
-    _check(p, criterion)
+    _check(p, criterion); check_finite('S', S)
     held = (S.double()**2 if criterion == 'squared' else S.double()).sum(1).cumsum(1)
     return (held < p*held[:, -1:]).sum(1) + 1
 
@@ -99,7 +100,7 @@ def leading_triplets(
     steps:int=6  # of the power iteration
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q) and the residuals ||X^T u - sigma v|| (..., q)
     "Approximate leading singular triplets, in float32 or better; signs as they come"
-    check_int('q', q); check_int('steps', steps)
+    check_int('q', q); check_int('steps', steps); check_finite('x', x)
     if q > x.shape[-1]: raise ValueError(f'q: got {q}; accepted: up to {x.shape[-1]}, the side of the matrices')
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)
@@ -138,7 +139,7 @@ def kept_triplets(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (B, C, M, N), S (B, C, N), V (B, C, M, N), N the largest rank; (B,) int64 ranks
     "The triplets that `energy_rank` asks for, in float32 or better; an image of lower rank than N is filled up with zeros"
-    _check(p, criterion)
+    _check(p, criterion); check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
         x, todo, parts = _at_least_float32(x), torch.arange(len(x), device=x.device), []
         total = x.square().sum((2, 3)).double().sum(1)
