@@ -119,8 +119,9 @@ class BudgetGate(nn.Module):
         t:Tokens,
         keep:TopK|Mass|None
     )->Tokens:
-        share = 1. if keep is None else keep.p if isinstance(keep, Mass) else max(keep.k, 1)/t.x.shape[1]
-        factor = 2*self.scorer(F.pad(t.x, (0, 1), value=math.log(share))).sigmoid()
+        share = t.lengths.clamp(max=max(1, min(keep.k, t.x.shape[1])))/t.lengths if isinstance(keep, TopK) else torch.full_like(t.lengths, 1. if keep is None else keep.p, dtype=torch.float)
+        budget = share.log().to(t.x.dtype)[:, None, None].expand(-1, t.x.shape[1], 1)
+        factor = 2*self.scorer(torch.cat([t.x, budget], -1)).sigmoid()
         return self.reduction(replace(t, x=t.x*factor, scores=t.scores*factor[..., 0].to(t.scores.dtype)), keep)
 
 # %% ../nbs/08_reduce.ipynb #33627a5d

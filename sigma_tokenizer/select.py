@@ -40,7 +40,7 @@ class TopK:
         mask:Tensor  # (B, N) bool, the real tokens
     )->Tensor:  # (B, N) bool, the kept tokens
         "The tokens to keep"
-        return _first(_ranked(scores, mask)[1], self.k, mask)
+        return _first(_ranked(scores, mask)[1], min(self.k, scores.shape[1]), mask)
 
 # %% ../nbs/02_select.ipynb #31e5f4e1
 @dataclass(frozen=True)
