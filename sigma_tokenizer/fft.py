@@ -44,7 +44,7 @@ def energy_side(
 )->Tensor:  # (B,) int64 sides
     "The smallest side whose centred square holds at least a share `p` of each spectrum's energy, the sum of squares"
     check_finite('f', f)
-    M = f.shape[-1]; check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1); check_int('step', step)
+    M = f.shape[-1]; check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1); check_int('step', step); p = float(p)
     if M % step: raise ValueError(f'step: got {step}; accepted: a divisor of the side, {M}')
     table = F.pad(f.double().square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))
     s = torch.arange(step, M + 1, step, device=f.device)

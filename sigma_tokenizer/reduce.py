@@ -63,7 +63,7 @@ class AttentionRestToken(RestToken):
         self.query = nn.Linear(embed_dim, 1)
 
     def mean(self, t, dropped):
-        weights = self.query(t.x)[..., 0].float().masked_fill(~dropped, -1e9).softmax(1)*dropped
+        weights = self.query(t.x)[..., 0].to(t.scores.dtype).masked_fill(~dropped, -1e9).softmax(1)*dropped
         return weights[:, None].to(t.x.dtype) @ t.x
 
 # %% ../nbs/08_reduce.ipynb #eeb1c53e
@@ -119,8 +119,9 @@ class BudgetGate(nn.Module):
         t:Tokens,
         keep:TopK|Mass|None
     )->Tokens:
-        share = t.lengths.clamp(max=max(1, min(keep.k, t.x.shape[1])))/t.lengths if isinstance(keep, TopK) else torch.full_like(t.lengths, 1. if keep is None else keep.p, dtype=torch.float)
-        budget = share.log().to(t.x.dtype)[:, None, None].expand(-1, t.x.shape[1], 1)
+        if isinstance(keep, TopK): log_share = (t.lengths.clamp(max=max(1, min(keep.k, t.x.shape[1])))/t.lengths).log().to(t.x.dtype)
+        else: log_share = torch.full_like(t.lengths, 0. if keep is None else math.log(keep.p), dtype=t.x.dtype)
+        budget = log_share[:, None, None].expand(-1, t.x.shape[1], 1)
         factor = 2*self.scorer(torch.cat([t.x, budget], -1)).sigmoid()
         return self.reduction(replace(t, x=t.x*factor, scores=t.scores*factor[..., 0].to(t.scores.dtype)), keep)
 

@@ -59,7 +59,7 @@ def energy_rank(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->Tensor:  # (B,) int64 ranks, 1 to M
     "The smallest rank whose singular values hold at least a share `p` of the total over all channels"
-    _check(p, criterion); check_finite('S', S)
+    _check(p, criterion); check_finite('S', S); p = float(p)
     held = (S.double()**2 if criterion == 'squared' else S.double()).sum(1).cumsum(1)
     return (held < p*held[:, -1:]).sum(1) + 1
 
@@ -139,10 +139,11 @@ def kept_triplets(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (B, C, M, N), S (B, C, N), V (B, C, M, N), N the largest rank; (B,) int64 ranks
     "The triplets that `energy_rank` asks for, in float32 or better; an image of lower rank than N is filled up with zeros"
-    _check(p, criterion); check_finite('x', x)
+    _check(p, criterion); check_finite('x', x); p = float(p)
     with torch.autocast(x.device.type, enabled=False):
         x, todo, parts = _at_least_float32(x), torch.arange(len(x), device=x.device), []
         total = x.square().sum((2, 3)).double().sum(1)
+        if not total.isfinite().all(): raise ValueError(f'x: got values up to {x.abs().max():.3g}; accepted: those whose squares {x.dtype} can add up')
         for q in (x.shape[-1]//8, x.shape[-1]//4) if criterion == 'squared' else ():
             if not len(todo) or not q: break
             U, S, V, residual = leading_triplets(x if len(todo) == len(x) else x[todo], q)
