@@ -125,9 +125,13 @@ def autocast(
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16')
 
 class BFloat16(Callback):
-    "Forward pass and loss under bfloat16 autocast"
-    def before_batch(self): self.context = autocast(self.dls.device, 'bfloat16'); self.context.__enter__()
-    def after_loss(self): self.context.__exit__(None, None, None)
+    "Forward pass under bfloat16 autocast; logits and loss are float32"
+    def before_batch(self):
+        model = self.model
+        def forward(*args):
+            del model.forward  # at once: an interrupted training leaves nothing behind
+            with autocast(self.dls.device, 'bfloat16'): return model.forward(*args).float()
+        model.forward = forward  # of this batch
 
 # %% ../nbs/12_training.ipynb #9d041af8
 class NoValidation(Callback):
