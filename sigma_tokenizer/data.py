@@ -120,6 +120,8 @@ def decode(
             (w, h), most = im.size, Image.MAX_IMAGE_PIXELS
             if min(w, h) < _min_side: return f'{w}x{h} pixels; accepted: at least {_min_side}x{_min_side}'
             if most and w*h > most: return f'{w}x{h} pixels; accepted: up to {most} in all'
+            if im.format == 'PNG':
+                with Image.open(file, formats=['PNG']) as again: again.verify()  # its checksums, which decoding does not look at
             im = _rgb(ImageOps.exif_transpose(im))
             return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
     except UnidentifiedImageError: return f'no image; accepted: {", ".join(_formats)}'
@@ -147,8 +149,9 @@ class _Meta(TypedDict):
 def _cache_home(): return xdg_cache_home()/'sigma_tokenizer'
 
 def _stats(file):
-    try: return file.stat().st_size, file.stat().st_mtime_ns
+    try: s = file.stat()
     except OSError: return None
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns  # the last changes with the permissions too, and cannot be set back
 
 def cached_images(
     root:Path,  # the data set's folder, which paths are relative to

@@ -194,7 +194,7 @@ def write_summary(
 )->pd.DataFrame:  # `result_table`
     "Write `table.md`, `table.csv` and `tokens_vs_accuracy.png` beside the result files"
     out, table = Path(out), result_table(load_results(out))
-    with replaced(out/'table.md') as new: new.write_text('\n'.join(table_lines(table)) + '\n')
+    with replaced(out/'table.md') as new: new.write_text('\n'.join(table_lines(table)) + '\n', encoding='utf-8')
     with replaced(out/'table.csv') as new: table.to_csv(new, index=False, float_format='%.6g')
     fig = plot_tokens(table, title)
     with replaced(out/'tokens_vs_accuracy.png') as new: fig.savefig(new, dpi=120, format='png')
