@@ -80,6 +80,9 @@ def _listed(d):
     try: return sorted(p for p in d.iterdir() if not p.name.startswith('.'))
     except OSError as e: raise ValueError(f'data: {d} cannot be listed: {e.strerror}') from None
 
+def _text(name): return os.fsencode(name).decode(errors='backslashreplace')  # bytes that are no text would break every print
+def _class(d): return unicodedata.normalize('NFC', _text(d.name))  # an accent can be written in two ways
+
 def _subdirs(d): return [p for p in _listed(d) if os.path.isdir(p)]
 
 def find_splits(
@@ -91,7 +94,7 @@ def find_splits(
                                                         'or train/ and test/ (or valid/, val/), each with a folder for every class')
     for names in _splits:
         found = [path/n for n in names]
-        if all(map(os.path.isdir, found)): return tuple(p/p.name if os.path.isdir(p/p.name) else p for p in found)
+        if all(map(os.path.isdir, found)): return tuple(p/p.name if [d.name for d in _subdirs(p)] == [p.name] else p for p in found)
     have = ', '.join(p.name + '/' for p in _subdirs(path)) or 'no folders'
     raise FileNotFoundError(f'data: {path} holds {have}; accepted: ' + ' or '.join(f'{a}/ and {b}/' for a, b in _splits))
 
@@ -99,15 +102,17 @@ def list_images(
     split:Path  # a folder with a folder for each class inside
 )->tuple[list[Path], np.ndarray, list[str]]:  # files, labels, class names
     "What lies in the class folders of one split, sorted, without opening it"
-    dirs = _subdirs(split)
+    dirs = sorted(_subdirs(split), key=_class)
     if not dirs: raise ValueError(f'data: {split} holds no class folders')
+    if len({*map(_class, dirs)}) < len(dirs): raise ValueError(f'data: {split} holds two class folders of one name, spelt in two ways: {", ".join(map(ascii, (d.name for d in dirs)))}')
     files = [_listed(d) for d in dirs]
     if empty := [str(d) for d, fs in zip(dirs, files) if not fs]: raise ValueError(f'data: no images in {", ".join(empty)}; accepted: at least one for every class')
-    return sum(files, []), np.repeat(np.arange(len(dirs)), [len(fs) for fs in files]), [unicodedata.normalize('NFC', d.name) for d in dirs]
+    return sum(files, []), np.repeat(np.arange(len(dirs)), [len(fs) for fs in files]), [_class(d) for d in dirs]
 
 # %% ../nbs/11_data.ipynb #fcc21921
 _formats = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
 _min_side = 8  # a smaller one is a placeholder, not a picture
+_max_bytes = 2**28
 
 def decode(
     file:Path,
@@ -115,7 +120,9 @@ def decode(
 )->tuple[np.ndarray, str]|str:  # (side, side, 3) uint8 and a digest of all pixels, or the reason why there are none
     "One image, upright, in RGB, resized to a square"
     try:
+        if os.path.isdir(file): return 'a folder; accepted: images that lie in the class folder itself'
         if not os.path.isfile(file): return 'no file, or out of reach'
+        if (size := file.stat().st_size) > _max_bytes: return f'{size} bytes; accepted: up to {_max_bytes}'
         with Image.open(file, formats=_formats) as im:
             (w, h), most = im.size, Image.MAX_IMAGE_PIXELS
             if min(w, h) < _min_side: return f'{w}x{h} pixels; accepted: at least {_min_side}x{_min_side}'
@@ -144,7 +151,7 @@ class _Meta(TypedDict):
     left_out:list[tuple[str, str]]  # (file, reason)
     pixels:list[str]  # a digest of each image's pixels, before resizing
     digest:str  # of the files' names and bytes
-    crc:int  # CRC-32 of the images as they are stored
+    crc:int  # CRC-32 of the images as they are stored, and of the other fields
 
 def _cache_home(): return xdg_cache_home()/'sigma_tokenizer'
 
@@ -162,27 +169,25 @@ def cached_images(
     "The files decoded, from the cache if they have been before"
     key = json.dumps([_version, str(root.resolve()), side, [(str(f.relative_to(root)), _stats(f)) for f in files]])
     cache = _cache_home()/hashlib.sha256(key.encode()).hexdigest()[:32]
-    make = partial(_decode_all, root, files, side, stop)
-    try: images, meta = _load_cache(made_once(cache, make), side)
-    except (ValueError, OSError, EOFError) as e:
-        if not cache.exists(): raise  # it was not the cache
-        print(f'decoding again, since the cache is damaged ({e})')
-        shutil.rmtree(cache)
-        images, meta = _load_cache(made_once(cache, make), side)
+    images, meta = made_once(cache, partial(_decode_all, root, files, side, stop), partial(_load_cache, side=side))
     if stop and meta['left_out']: raise ValueError(f'data: {": ".join(meta["left_out"][0])}')
     return images, meta
 
 def _load_cache(cache, side):
     meta, images = read_json(cache/'meta.json', _Meta), np.load(cache/'images.npy', mmap_mode='c', allow_pickle=False)
-    if images.shape != (len(meta['kept']), side, side, 3) or images.dtype != np.uint8 or zlib.crc32(images) != meta['crc']: raise ValueError(f'{cache}/images.npy is not what was written')
+    if images.shape != (len(meta['kept']), side, side, 3) or images.dtype != np.uint8 or _with_fields(zlib.crc32(images), meta) != meta['crc']: raise ValueError('it is not what was written')
     return images, meta
 
-# %% ../nbs/11_data.ipynb #eb075526
-def _name(root, file): return os.fsencode(file.relative_to(root)).decode(errors='backslashreplace')  # bytes that are no text would break every print
+def _with_fields(crc, meta): return zlib.crc32(json.dumps([meta[k] for k in ('version', 'kept', 'left_out', 'pixels', 'digest')]).encode(), crc)
+
+# %% ../nbs/11_data.ipynb #7f90ae4a
+def _name(root, file): return _text(file.relative_to(root))
 
 def _decode_all(root, files, side, stop, out):
     "Write `images.npy` and `meta.json` into the folder `out`"
     images = np.lib.format.open_memmap(out/'images.npy', 'w+', np.uint8, (len(files), side, side, 3))
+    if hasattr(os, 'posix_fallocate'):  # a full disk is to be known now: to write into a map that has no room ends the process
+        with open(out/'images.npy', 'rb+') as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     digest, crc, kept, pixels, left_out = hashlib.sha256(), 0, [], [], []
     def work(f):
         got = decode(f, side)
@@ -200,7 +205,8 @@ def _decode_all(root, files, side, stop, out):
     if not kept: raise ValueError(f'data: none of {len(files)} files can be read, the first of them {": ".join(left_out[0])}')
     images.flush()
     if left_out: np.save(out/'images.npy', images[:len(kept)].copy())
-    (out/'meta.json').write_text(json.dumps(dict(version=_version, kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest(), crc=crc)))
+    meta = dict(version=_version, kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest())
+    (out/'meta.json').write_text(json.dumps(meta | dict(crc=_with_fields(crc, meta))))
 
 # %% ../nbs/11_data.ipynb #e25bf526
 def folder_data(
@@ -251,8 +257,14 @@ def _unpacked(path):
     "The folder; of an archive, the cached one with what it holds"
     if not os.path.isfile(path): return path
     key = hashlib.sha256(json.dumps([str(path.resolve()), _stats(path)]).encode()).hexdigest()[:32]
-    folder = made_once(_cache_home()/f'unpacked-{key}', partial(unpack, path))
-    return inner[0] if len(inner := _subdirs(folder)) == 1 else folder
+    def make(out): unpack(path, out); find_splits(_inner(out))  # what is no data set is not kept
+    try: return made_once(_cache_home()/f'unpacked-{key}', make, _inner)
+    except (ValueError, FileNotFoundError) as e: raise ValueError(f'data: {str(e).removeprefix("data: ")}') from None
+
+def _inner(folder):
+    "Of an archive that holds one folder, that one"
+    there = [d for d in _subdirs(folder) if d.name != '__MACOSX']
+    return there[0] if len(there) == 1 else folder
 
 # %% ../nbs/11_data.ipynb #e911b549
 def hold_out(
@@ -261,6 +273,8 @@ def hold_out(
 )->ImageData:  # with `evaluated='holdout'`
     "Train on a part of the training split, evaluate on the rest of it, and leave the test split alone"
     check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
+    least = len(data.classes)/len(data.train)
+    check_number('holdout', share, f'{least:.3g} <= holdout <= {1 - least:.3g}, an image of each class on either side', lambda s: least <= s <= 1 - least)
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
     images, cut = data.train.images[held], (data.train.images.shape[1] - side)//2

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['strict', 'replaced', 'remove_parts', 'made_once', 'locked', 'checked', 'read_json', 'read_toml', 'unpack']
 
-# %% ../nbs/09_files.ipynb #cd1bb8cf
-import os, secrets, shlex, shutil, socket, stat, sys, tarfile, time, tomllib, zipfile, zlib
+# %% ../nbs/09_files.ipynb #b1e66847
+import os, re, secrets, shlex, shutil, socket, stat, sys, tarfile, time, tomllib, zipfile
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
@@ -38,17 +38,21 @@ def remove_parts(
     folder:str|Path  # one that no one else works in
 ):
     "Remove what killed processes left of `replaced`"
-    for part in Path(folder).glob('.*.part'): part.unlink()
+    for part in Path(folder).iterdir():
+        if re.fullmatch(r'\..+\.[0-9a-f]{8}\.part', part.name) and part.is_file(): part.unlink()
 
 # %% ../nbs/09_files.ipynb #4d015d9c
 def made_once(
     folder:Path,
-    make  # fills the empty folder that it is given
-)->Path:  # `folder`, complete
-    "A folder made by this call or an earlier one"
+    make,  # fills the empty folder that it is given
+    load  # what to give back of the complete folder; one that it refuses (`ValueError`, `OSError`, `EOFError`) is made again
+):  # what `load` gives
+    "A folder made by this call or an earlier one, loaded"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f'.{folder.name}.lock')):
-        if folder.exists(): return folder
+        if folder.exists():
+            try: return load(folder)
+            except (ValueError, OSError, EOFError) as e: print(f'made again, since it is damaged: {folder} ({e})'); shutil.rmtree(folder)
         part = folder.with_name(f'.{folder.name}.part')
         shutil.rmtree(part, ignore_errors=True); part.mkdir()  # one that a killed process left is no use
         try:
@@ -56,7 +60,7 @@ def made_once(
             for p in [*part.rglob('*'), part]: _sync(p)
             part.rename(folder); _sync(folder.parent)
         finally: shutil.rmtree(part, ignore_errors=True)
-    return folder
+        return load(folder)
 
 # %% ../nbs/09_files.ipynb #efdaa511
 @contextmanager
@@ -64,20 +68,25 @@ def locked(
     folder:str|Path  # made if it is not there
 ):
     "Be the only process that works in a folder; a `RuntimeError` says who already does"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir(): raise ValueError(f'out: got {folder}, a file; accepted: a folder, or a new name')
+    folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder/'.lock'), folder/'.holder'
     try: lock.acquire(timeout=0)
     except Timeout:
+        for _ in range(20):
+            if holder.exists(): break
+            time.sleep(.05)  # it has only just begun
         who = holder.read_text() if holder.exists() else 'another process'
         raise RuntimeError(f'out: {folder} is in use by {who}; accepted: a folder that no one else works in. Wait for it, or name another') from None
     try:
-        holder.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}: {shlex.join(sys.argv)}')
+        with replaced(holder) as new: new.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}: {shlex.join(sys.argv)}')
         yield
     finally: holder.unlink(missing_ok=True); lock.release()
 
 # %% ../nbs/09_files.ipynb #9cb7ba97
 strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)  # to be set as `__pydantic_config__` of a schema
-_max_bytes = 2**26  # of a JSON or TOML file
+_max_bytes = dict(json=2**26, toml=2**20)
 
 def checked(
     value,
@@ -87,22 +96,28 @@ def checked(
     "The value, or a `ValueError` that names each field that is wrong, what came and what is accepted"
     try: return TypeAdapter(schema).validate_python(value)
     except ValidationError as e: raise ValueError(f'{source}: {_wrong(e)}') from None
+    except RecursionError: raise ValueError(f'{source}: got something too deeply nested') from None
+
+def _short(value):
+    try: text = repr(value)
+    except RecursionError: text = 'something too deeply nested'
+    return text[:60] + '...'*(len(text) > 60)
 
 def _wrong(e):
     "All errors of pydantic's, in our manner"
     def one(e):
-        name, got = '.'.join(map(str, e['loc'])), repr(e['input'])
+        name, got = '.'.join(map(str, e['loc']))[:200], _short(e['input'])
         if e['type'] == 'missing': return f'{name}: missing'
         if e['type'] == 'extra_forbidden': return f'{name}: no such field'
         if e['type'] == 'json_invalid': return 'no JSON: ' + e['msg'].removeprefix('Invalid JSON: ')
-        return f'{name}{": "*bool(name)}got {got[:60] + "..."*(len(got) > 60)}; accepted: {e["msg"].removeprefix("Input should be ")}'
+        return f'{name}{": "*bool(name)}got {got}; accepted: {e["msg"].removeprefix("Input should be ")}'
     errors = e.errors(include_url=False, include_context=False)
     return '; '.join(map(one, errors[:5])) + f'; and {len(errors) - 5} more'*(len(errors) > 5)
 
-def _read(path):
+def _read(path, most):
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    if path.stat().st_size > _max_bytes: raise ValueError(f'{path}: got {path.stat().st_size} bytes; accepted: up to {_max_bytes}')
+    if path.stat().st_size > most: raise ValueError(f'{path}: got {path.stat().st_size} bytes; accepted: up to {most}')
     return path.read_bytes()
 
 def read_json(
@@ -110,7 +125,7 @@ def read_json(
     schema  # a type, such as a TypedDict with `strict`
 ):
     "What a JSON file holds, checked; `ValueError` if it is anything else"
-    try: return TypeAdapter(schema).validate_json(_read(path))
+    try: return TypeAdapter(schema).validate_json(_read(path, _max_bytes['json']))
     except ValidationError as e: raise ValueError(f'{path}: {_wrong(e)}') from None
 
 def read_toml(
@@ -118,40 +133,54 @@ def read_toml(
     schema  # a type, such as a TypedDict with `strict`
 ):
     "What a TOML file holds, checked; `ValueError` if it is anything else"
-    try: value = tomllib.loads(_read(path).decode())
+    try: value = tomllib.loads(_read(path, _max_bytes['toml']).decode())
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: no TOML: {e}') from None
     return checked(value, schema, path)
 
-# %% ../nbs/09_files.ipynb #756e37b5
-_damaged = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError)  # what the two modules raise
+# %% ../nbs/09_files.ipynb #b5420d81
+_extensions = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+class _Member(tarfile.TarInfo):
+    "A header that is not read into memory whole if it claims to be huge"
+    @classmethod
+    def frombuf(cls, *args):
+        member = super().frombuf(*args)
+        if member.type in _extensions and member.size > 2**20: raise tarfile.ReadError(f'a header of {member.size} bytes')
+        return member
 
 def _members(
     archive:Path
 )->list[tuple[str, bool, int]]:  # name, whether it is a plain file or a folder, bytes when unpacked
     "What an archive says that it holds"
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as z: return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size) for m in z.infolist()]
-        if tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as t: return [(m.name, m.isfile() or m.isdir(), m.size) for m in t]
-    except (*_damaged, OSError) as e: raise ValueError(f'{archive}: a damaged archive: {e}') from None
-    raise ValueError(f'{archive}: got something else; accepted: a zip or tar archive')
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z: return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size) for m in z.infolist()]
+    with tarfile.open(archive, tarinfo=_Member) as t:
+        members = [(m.name + '/'*m.isdir(), m.isfile() or m.isdir(), m.size) for m in t]
+        t.fileobj.seek(t.offset)
+        if t.fileobj.read(512) != bytes(512): raise tarfile.ReadError('its end is missing')  # Python takes a broken header for it
+    return members
 
 def unpack(
     archive:Path,  # zip, or tar, compressed or not
     out:Path  # an empty folder
 ):
     "Unpack an archive that holds nothing but files and folders, all of them inside it; else a `ValueError`, before anything is written"
-    members = _members(archive)
-    for name, plain, _ in members:
-        parts = PurePosixPath(name.replace('\\', '/')).parts
-        if not plain or '..' in parts or (parts and (parts[0] == '/' or ':' in parts[0])):
-            raise ValueError(f'{archive}: holds {name!r}, {"a path that leads out of it" if plain else "a link or a device"}; accepted: files and folders inside the archive')
-    size, free = sum(n for *_, n in members), shutil.disk_usage(out).free
-    if size > free: raise ValueError(f'{archive}: holds {size} bytes; accepted: up to {free}, what is free')
+    def refuse(name, why): raise ValueError(f'{archive}: holds {name[:100]!r}, {why}; accepted: files and folders inside the archive, each with a name of its own')
     try:
+        members, files, folders = _members(archive), set(), set()
+        for name, plain, _ in members:
+            path = PurePosixPath(name.replace('\\', '/')); parts = path.parts
+            if not plain: refuse(name, 'a link or a device')
+            if '..' in parts or (parts and (parts[0] == '/' or ':' in parts[0])): refuse(name, 'a path that leads out of it')
+            if not parts and not name.endswith('/') or len(parts) > 50 or any(len(os.fsencode(p)) > 255 for p in parts): refuse(name, 'a name that is empty or too long')
+            if path in files: refuse(name, 'twice')
+            (folders if name.endswith('/') else files).add(path); folders.update(path.parents)
+        if both := files & folders: refuse(str(min(both)), 'a file and a folder')
+        size, free = sum(n for *_, n in members), shutil.disk_usage(out).free
+        if size > free: raise ValueError(f'{archive}: holds {size} bytes; accepted: up to {free}, what is free')
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z: z.extractall(out)
         else:
-            with tarfile.open(archive) as t: t.extractall(out, filter='data')
-    except _damaged as e: raise ValueError(f'{archive}: a damaged archive: {e}') from None
+            with tarfile.open(archive, tarinfo=_Member) as t: t.extractall(out, filter='data')
+    except ValueError: raise
+    except Exception as e: raise ValueError(f'{archive}: no zip or tar archive, or a damaged one: {e or type(e).__name__}') from None  # every module has its own

@@ -27,11 +27,11 @@ import json, sys
 from sigma_tokenizer.runs import run_job
 sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)"""
 
-def _in_process(job, log, jobs):
-    "Do one job in a process of its own, that ends with this one; whether it was done before the deadline"
+def _in_process(job, log, jobs, children):
+    "Do one job in a process of its own, that ends with this one and is added to `children`; whether it was done before the deadline"
     if time.time() > job['deadline']: return False
     threads = {} if jobs == 1 else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
-    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=os.environ | threads) as child: rc = child.wait()
+    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-P', '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=os.environ | threads) as child: children.append(child); rc = child.wait()
     if rc not in (0, 3): raise RuntimeError(f'exit status {rc}, {" ".join(log.read_text(errors="replace").splitlines()[-1:])[:500]}; its log is {log}')
     return rc == 0
 
@@ -49,13 +49,17 @@ def run_jobs(
             except (ValueError, ArithmeticError, RuntimeError) as e: fails(job, e)
             else: yield job, done
     else:
-        pool = ThreadPoolExecutor(jobs)
-        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs): job for job in todo}
+        pool, children = ThreadPoolExecutor(jobs), []
+        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs, children): job for job in todo}
         try:
             for future in as_completed(waiting):
                 if error := future.exception(): fails(waiting[future], error)
                 else: yield waiting[future], future.result()
-        finally: pool.shutdown(cancel_futures=True)  # an interrupt begins no further job
+        except BaseException:  # an interrupt
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children: child.kill()
+            raise
+        finally: pool.shutdown()
     if failed: raise RuntimeError('; '.join(failed))
 
 # %% ../nbs/15_reproduce.ipynb #9ccbc65a
@@ -86,7 +90,7 @@ def reproduce(
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes; '
           f'{len(dataset.left_out)} files left out, {len(dataset.in_both)} images in both splits')
-    common = dict(data=data, holdout=holdout, device=device, out=str(out), check=check, deadline=start + 60*minutes if minutes else math.inf)
+    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out), check=check, deadline=start + 60*minutes if minutes else math.inf)
     title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
     with nullcontext() if check else locked(out): return _all_runs(todo, configs, dataset, out, title, jobs, start, common)
 
@@ -111,8 +115,8 @@ def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
 def _device(device):
     "The device, tried"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+    try: torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
     return device
 
@@ -160,6 +164,6 @@ def sigma_reproduce(
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
-    try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdigit() else s for s in items(seeds)], epochs, holdout, device, out,
+    try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdecimal() else s for s in items(seeds)], epochs, holdout, device, out,
                   jobs, minutes, check, strict)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')

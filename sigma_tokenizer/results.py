@@ -7,8 +7,8 @@ __all__ = ['load_experiments', 'reported', 'metrics', 'Row', 'Epoch', 'DataUsed'
            'load_result', 'load_predictions', 'load_results', 'result_table', 'table_lines', 'plot_tokens',
            'write_summary']
 
-# %% ../nbs/13_results.ipynb #bf693c16
-import json, math, tomllib
+# %% ../nbs/13_results.ipynb #92c8e7a4
+import json, math, tomllib, zipfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -118,11 +118,14 @@ def load_predictions(
     "What a run's model said of every test image, and with how many tokens"
     path = Path(path).with_suffix('.npz')
     try:
+        with zipfile.ZipFile(path) as z:
+            if (size := sum(m.file_size for m in z.infolist())) > 2**30: raise ValueError(f'{size} bytes')
         with np.load(path, allow_pickle=False) as f: said = dict(f)
         shapes = {k: v.shape for k, v in said.items()}
-        if {*shapes} - {'confidence'} != {'labels', 'preds', 'lengths'} or len({shapes[k] for k in shapes if k != 'labels'}) > 1 or shapes['labels'] != shapes['preds'][1:]: raise ValueError(shapes)
+        if {*shapes} - {'confidence'} != {'labels', 'preds', 'lengths'} or len({shapes[k] for k in shapes if k != 'labels'}) > 1 or len(shapes['preds']) != 2 or shapes['labels'] != shapes['preds'][1:]: raise ValueError(shapes)
+        if kinds := [f'{k}: {v.dtype}' for k, v in said.items() if v.dtype.kind != ('f' if k == 'confidence' else 'u')]: raise ValueError(', '.join(kinds))
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths and confidence (rows, n)') from None
+    except Exception as e: raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths (rows, n) of unsigned integers and confidence (rows, n)') from None
     return said
 
 def load_results(

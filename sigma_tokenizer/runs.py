@@ -38,7 +38,7 @@ def list_presets()->list[str]:
     "The presets that `sigma_reproduce` takes"
     return sorted(p.name.removesuffix('.toml') for p in _presets.iterdir() if p.name.endswith('.toml'))
 
-_training = dict(epochs=Annotated[int, Field(ge=1)], batch_size=Annotated[int, Field(ge=1)], lr=Annotated[float, Field(gt=0)], wd=Annotated[float, Field(ge=0)],
+_training = dict(epochs=Annotated[int, Field(ge=1, le=10**6)], batch_size=Annotated[int, Field(ge=1, le=2**20)], lr=Annotated[float, Field(gt=0, le=100)], wd=Annotated[float, Field(ge=0, le=100)],
                  schedule=Literal['one_cycle', 'constant'], precision=Literal['float32', 'bfloat16'], compile=bool, augment=NotRequired[Literal['crop', 'resized_crop']])
 _Other = TypedDict('Other', _training, total=False)  # a method's own
 _Train = TypedDict('Train', _training | {m: NotRequired[_Other] for m in list_models()})
@@ -92,7 +92,9 @@ def plan(
     experiments = load_experiments()
     if unknown := set(methods or []) - set(experiments) - set(list_models()):
         raise ValueError(f'methods: got {", ".join(sorted(unknown))}; accepted: a model ({", ".join(list_models())}) or a run ({", ".join(experiments)})')
-    for seed in seeds or []: check_int('seeds', seed, 0)
+    for seed in seeds or []:
+        check_int('seeds', seed, 0)
+        if seed >= 2**32: raise ValueError(f'seeds: got {seed}; accepted: integers below {2**32}')
     runs = preset['runs'] if methods is None else [r for m in methods for r in
         ([m] if m in experiments else [r for r in preset['runs'] if experiments[r]['model'] == m])]
     runs = list(dict.fromkeys(runs))
@@ -195,11 +197,13 @@ def run_job(
     device:str,
     out:str,  # folder of the results
     deadline:float=math.inf,  # as `time.time()` tells it
-    check:bool=False  # two steps with batches of two images, and no result: does everything work?
+    check:bool=False,  # two steps with batches of two images, and no result: does everything work?
+    fingerprint:str=None  # of the data that are meant: others are refused
 )->bool:  # whether it was done before the deadline
     "Load the data, make one run, and leave its result in `out`"
     if not check and time.time() > deadline: return False
     dataset = load_data(data, config['model']['image_size'])
+    if fingerprint not in (None, dataset.fingerprint): raise ValueError(f'data: {data} has changed since the command began, from {fingerprint} to {dataset.fingerprint}')
     if holdout is not None: dataset = hold_out(dataset, holdout)
     if check: return check_run(run, config, seed, dataset, device)
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')

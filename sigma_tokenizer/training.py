@@ -6,8 +6,8 @@
 __all__ = ['gini_index', 'GateLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'NoValidation',
            'FiniteLoss', 'create_learner', 'checkpoints', 'Epochs', 'train', 'evaluate', 'calibrate']
 
-# %% ../nbs/12_training.ipynb #895b6a73
-import math, os, random, time
+# %% ../nbs/12_training.ipynb #a473c7ad
+import math, os, random, time, zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -177,15 +177,20 @@ def checkpoints(
     "Where the last checkpoint is, and the one before it"
     return [path, path.with_suffix(f'.old{path.suffix}')]
 
+def _is_log(log): return isinstance(log, list) and all(isinstance(e, dict) and set(e) == {'epoch', 'train_loss', 'train_accuracy', 'seconds'} and e['epoch'] == i for i, e in enumerate(log))
+
 def _load_checkpoint(
     paths  # newest first
 ):
     "The first checkpoint that can be read; None if there is none"
     damage = []
     for path in filter(Path.exists, paths):
-        try: saved = torch.load(path, map_location='cpu', weights_only=True)  # tensors and plain values, no program
+        try:
+            with zipfile.ZipFile(path) as z:
+                if bad := z.testzip(): raise ValueError(f'{bad} is damaged')  # its checksums, which torch does not look at
+            saved = torch.load(path, map_location='cpu', weights_only=True)  # tensors and plain values, no program
         except Exception as e: damage.append(f'{path} is no checkpoint: {(str(e) or type(e).__name__).splitlines()[0].split(". ")[0]}'); continue
-        if isinstance(saved, dict) and {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'} <= set(saved):
+        if isinstance(saved, dict) and {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'} <= set(saved) and _is_log(saved['log']):
             if damage: print(f'{damage[0]}; going on from {path}')
             return saved
         damage.append(f'{path} is no checkpoint')
@@ -200,11 +205,11 @@ class Epochs(Callback):
         deadline:float=math.inf  # as `time.time()` tells it, in seconds
     ): self.path, self.made_of, self.deadline, self.log, self.saved = path and Path(path), made_of, deadline, [], None
 
-    def load(self, learn):
+    def load(self, learn, epochs):
         "Go on from the last good checkpoint if there is one; the number of epochs done"
         saved = self.path and _load_checkpoint(checkpoints(self.path))
         if not saved: return 0
-        if saved['made_of'] != self.made_of: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
+        if saved['made_of'] != self.made_of or len(saved['log']) > epochs: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
         learn.create_opt()
         learn.model.load_state_dict(saved['model']); learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
         self.log, self.saved = saved['log'], saved
@@ -225,10 +230,10 @@ class Epochs(Callback):
 
     def after_epoch(self):
         if self.epoch < len(self.log): return
-        loss, acc, *_ = self.recorder.values[-1]
-        self.log.append(dict(epoch=self.epoch, train_loss=loss, train_accuracy=acc, seconds=self.seconds))
         if broken := [n for n, v in self.model.state_dict().items() if not v.isfinite().all()]:
             raise FloatingPointError(f'weights: NaN or infinite after epoch {self.epoch + 1}, in {", ".join(broken[:5])}')
+        loss, acc, *_ = self.recorder.values[-1]
+        self.log.append(dict(epoch=self.epoch, train_loss=loss, train_accuracy=acc, seconds=self.seconds))
         if self.path: self.save()
 
     def save(self):
@@ -251,12 +256,12 @@ def train(
     "Fit, and give back the log: shorter than `epochs` if the deadline came first"
     if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
     log = Epochs(**checkpoint)
-    done = log.load(learn)
+    done = log.load(learn, epochs)
     fit = learn.fit_one_cycle if schedule == 'one_cycle' else learn.fit
     try:
         if done < epochs: fit(epochs, lr, cbs=log, start_epoch=done)
     except (FloatingPointError, OSError) as e:
-        good = f'{log.path} is from epoch {len(log.log)}' if log.path and log.path.exists() else 'none'
+        good = next((f'{p} is from epoch {len(_load_checkpoint([p])["log"])}' for p in (checkpoints(log.path) if log.path else ()) if p.exists()), 'none')
         said = str(e).split('`:\n\t')[-1]  # fastai puts before it in which callback it was
         raise type(e)(f'{said}. The last good checkpoint: {good}') from None
     return log.log
