@@ -167,3 +167,4 @@ def sigma_reproduce(
     try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdecimal() else s for s in items(seeds)], epochs, holdout, device, out,
                   jobs, minutes, check, strict)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')
+    except KeyboardInterrupt: sys.exit('sigma_reproduce: interrupted; the same command goes on from the last epoch')
