@@ -60,9 +60,11 @@ FILES = {  # what it is: name, how it is made, what is expected
     'a JPEG with EXIF rotation': ('x.jpg', lambda f: photo(0).save(f, exif=exif), '^9 used'), 'an animated GIF': ('x.gif', lambda f: photo(0).save(f, save_all=True, append_images=[photo(1)]), '^9 used'),
     'a 32-bit TIFF': ('x.tiff', lambda f: Image.fromarray(np.ones((9, 9), np.float32)).save(f), '32-bit pixels'), '1x1 pixels': ('x.png', lambda f: photo(0, (1, 1)).save(f), '1x1 pixels; accepted: at least 8x8'),
     '20,000x20,000 pixels': ('x.png', lambda f: Image.new('L', (20_000, 20_000)).save(f), '400000000 pixels'), '10,000x10,000 pixels': ('x.png', lambda f: Image.new('L', (10_000, 10_000)).save(f), '10000x10000 pixels; accepted'),
-    'a name that is not ASCII': ('caf\u00e9 \u6d77.png', save(), '^9 used'), 'a name that is no text': (os.fsdecode(b'\xff.png'), save(), '^9 used'), 'a folder named .jpg': ('x.jpg', lambda f: f.mkdir(), 'no file'),
+    'a name that is not ASCII': ('caf\u00e9 \u6d77.png', save(), '^9 used'), 'a name that is no text': (os.fsdecode(b'\xff.png'), save(), '^9 used'), 'a folder named .jpg': ('x.jpg', lambda f: f.mkdir(), 'a folder; accepted'),
     'a link to nowhere': ('x.jpg', lambda f: f.symlink_to('nowhere'), 'no file'), 'a pipe, which never ends': ('x.jpg', lambda f: os.mkfifo(f), 'no file')}
-def use(path, strict=False): d = folder_data(path, 32, strict=strict); return f'{len(d.train)} used;'
+def use(path, strict=False):
+    with contextlib.redirect_stdout(io.StringIO()), patch('sigma_tokenizer.data.progress_bar', lambda x, **kw: x): d = folder_data(path, 32, strict=strict)
+    return f'{len(d.train)} used;'
 for what, (name, make, expected) in FILES.items():
     root = data_set(); make(root/'train/flower'/name)
     tried('a file of a data set', what, expected, lambda: use(root))
@@ -96,8 +98,17 @@ load = lambda f: f'{len(load_data(str(f), 32).train)} used'
 spoilt('a good tar', '^8 used', lambda r: tarred('a.tar', 'photos'), 'an archive', load)
 for arc in ('../out', '/tmp/out'): spoilt(f'a tar with the path {arc}', 'a path that leads out of it', lambda r: tarred('a.tar', arc, size=0), 'an archive', load); spoilt(f'a zip with the path {arc}', 'a path that leads out of it', lambda r: zipped('a.zip', arc), 'an archive', load)
 for kind, name in ((tarfile.SYMTYPE, 'symbolic link'), (tarfile.LNKTYPE, 'hard link'), (tarfile.CHRTYPE, 'device')): spoilt(f'a tar with a {name}', 'a link or a device', lambda r: tarred('a.tar', 'x', type=kind, linkname='/etc/passwd'), 'an archive', load)
-spoilt('an archive larger than the disk', 'a damaged archive|accepted: up to', lambda r: tarred('a.tar', 'x', size=0) and Path(home/'a.tar').write_bytes((i := tarfile.TarInfo('x'), setattr(i, 'size', 2**45), i.tobuf())[-1] + bytes(1024)) and home/'a.tar', 'an archive', load)
-spoilt('text named .tar', 'accepted: a zip or tar archive', lambda r: (home/'a.tar').write_text('x') and home/'a.tar', 'an archive', load)
+spoilt('an archive larger than the disk', 'damaged one|accepted: up to', lambda r: tarred('a.tar', 'x', size=0) and Path(home/'a.tar').write_bytes((i := tarfile.TarInfo('x'), setattr(i, 'size', 2**45), i.tobuf())[-1] + bytes(1024)) and home/'a.tar', 'an archive', load)
+def broken_header(r):
+    f = tarred('a.tar', 'photos'); content = bytearray(f.read_bytes())
+    with tarfile.open(f) as t: at = t.getmembers()[-3].offset
+    content[at:at+9] = b'?'*9; f.write_bytes(content); return f
+def twice(r):
+    with zipfile.ZipFile(home/'a.zip', 'w') as z: z.writestr('x', '1'); z.writestr('x', '2')
+    return home/'a.zip'
+spoilt('a tar with a broken header in the middle', 'its end is missing', broken_header, 'an archive', load); spoilt('a zip with the same name twice', "holds 'x', twice", twice, 'an archive', load)
+spoilt('a tar with a header of 2 GiB', 'a header of 2147483648 bytes', lambda r: tarred('a.tar', 'x', type=tarfile.XHDTYPE, size=2**31), 'an archive', load); spoilt('an archive without a data set', 'data: .* accepted', lambda r: tarred('a.tar', 'x', size=0), 'an archive', load)
+spoilt('text named .tar', 'no zip or tar archive', lambda r: (home/'a.tar').write_text('x') and home/'a.tar', 'an archive', load)
 
 # files that could hold a program
 class Program:
@@ -124,7 +135,9 @@ result_with('a good one', '^read'); result_with('a path as the name of the run',
 result_with("another run's result", 'holds another run', good_result.replace('"seed": 239', '"seed": 1')); result_with('no JSON', 'no JSON', good_result[:-20]); result_with('a pickle among the predictions', 'Object arrays cannot be loaded', npz=lambda f: np.savez(f, labels=np.array([Program()], dtype=object), preds=1, lengths=1))
 result_with('predictions cut short', 'no predictions', npz=lambda f: f.write_bytes(good_npz[:-50])); result.write_text(good_result); result.with_suffix('.npz').write_bytes(good_npz)
 for f in out.glob('vit*'): f.unlink()
-for what, spoil in [('a pickle as the checkpoint', lambda f: f.write_bytes(pickle.dumps(Program()))), ("torch.save's pickle", lambda f: torch.save(Program(), f)), ('a checkpoint cut short', lambda f: f.write_bytes(b'PK' + bytes(99)))]:
+def one_bit(f):
+    torch.save(dict(model=torch.arange(9999)), f); content = bytearray(f.read_bytes()); content[len(content)//2] ^= 1; f.write_bytes(content)
+for what, spoil in [('a pickle as the checkpoint', lambda f: f.write_bytes(pickle.dumps(Program()))), ("torch.save's pickle", lambda f: torch.save(Program(), f)), ('a checkpoint cut short', lambda f: f.write_bytes(b'PK' + bytes(99))), ('a checkpoint with one bit flipped', one_bit)]:
     spoil(out/'vit-seed239.ckpt'); tried('a checkpoint from a stranger', what, 'is no checkpoint.* Delete it', lambda: reproduce(**reproduce_kw))
 (out/'vit-seed239.ckpt').unlink(); preset = (Path(sys.modules['sigma_tokenizer'].__file__).parent/'presets/quick.toml').read_text()
 for what, old, new, expected in [('a field misspelt', 'epochs = ', 'epoch = ', 'train.epochs: missing'), ('another type', 'epochs = 12', 'epochs = "12"', "train.epochs: got '12'"), ('an infinite learning rate', 'lr = 3e-3', 'lr = inf', 'train.lr: got inf'), ('a run that is none', '"vit"', '"vitt"', "got 'vitt'"),

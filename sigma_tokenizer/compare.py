@@ -6,7 +6,7 @@
 __all__ = ['row_predictions', 'paired', 'paired_lines', 'comparison', 'comparison_lines', 'plot_rows', 'plot_lengths',
            'plot_confusion', 'show_wrong']
 
-# %% ../nbs/16_compare.ipynb #067c7b79
+# %% ../nbs/16_compare.ipynb #dd7986e2
 import math
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import ConfusionMatrixDisplay
 from .results import load_predictions, load_results, reported, result_path, result_table
 
-# %% ../nbs/16_compare.ipynb #040bd71e
+# %% ../nbs/16_compare.ipynb #3b43fcc5
 def row_predictions(
     out:str|Path,  # a folder of results
     row:str  # the row's name
@@ -30,7 +30,7 @@ def row_predictions(
     if not found: raise ValueError(f'row: got {row!r}; accepted: a row of the results in {out}')
     return found
 
-# %% ../nbs/16_compare.ipynb #175b48eb
+# %% ../nbs/16_compare.ipynb #54c711a1
 def paired(
     out:str|Path,  # a folder of results
     a:str,  # a row's name
@@ -56,7 +56,7 @@ def paired_lines(
     return ['| A | B | A - B | 95% interval | of each seed | McNemar p, first seed |', '|---|---|---:|---:|---|---:|',
             *[f'| {t["a"]} | {t["b"]} | {t["difference"]:+.3f} | {t["low"]:+.3f} to {t["high"]:+.3f} | {", ".join(f"{d:+.3f}" for d in t["by_seed"])} | {p(t["p"])} |' for t in tests]]
 
-# %% ../nbs/16_compare.ipynb #81d439ab
+# %% ../nbs/16_compare.ipynb #880d7d7c
 def comparison(
     results:str|Path='results',  # the folder with a folder for each preset
     scales:tuple=('paper', 'small')  # presets
@@ -99,7 +99,7 @@ def plot_rows(
     ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return fig
 
-# %% ../nbs/16_compare.ipynb #a035ac66
+# %% ../nbs/16_compare.ipynb #1f3395c8
 def plot_lengths(
     out:str|Path,  # a folder of results
     rows:list[str],
@@ -121,7 +121,7 @@ def plot_confusion(
 )->plt.Figure:
     "Shares of each true class (lines) that are called each class (columns), first seed"
     fig, axes = plt.subplots(1, len(rows), figsize=(3.6*len(rows), 3.4), squeeze=False, layout='constrained', dpi=80)
-    classes = next(r['data'].get('classes') for r in load_results(out) if rows[0] in [x['row'] for x in r['rows']])
+    classes = next(r['data']['classes'] for r in load_results(out) if rows[0] in [x['row'] for x in r['rows']])
     for ax, row in zip(axes[0], rows):
         p = next(iter(row_predictions(out, row).values()))
         ConfusionMatrixDisplay.from_predictions(p['labels'], p['preds'], display_labels=classes, normalize='true', values_format='.2f', cmap='Blues', colorbar=False,
@@ -129,7 +129,7 @@ def plot_confusion(
         ax.set_title(row, fontsize=9); ax.label_outer()
     return fig
 
-# %% ../nbs/16_compare.ipynb #ffb1b378
+# %% ../nbs/16_compare.ipynb #9fe65c8a
 def show_wrong(
     out:str|Path,  # a folder of results
     row:str,
