@@ -63,8 +63,8 @@ FILES = {  # what it is: name, how it is made, what is expected
     'a name that is not ASCII': ('caf\u00e9 \u6d77.png', save(), '^9 used'), 'a name that is no text': (os.fsdecode(b'\xff.png'), save(), '^9 used'), 'a folder named .jpg': ('x.jpg', lambda f: f.mkdir(), 'a folder; accepted'),
     'a link to nowhere': ('x.jpg', lambda f: f.symlink_to('nowhere'), 'no file'), 'a pipe, which never ends': ('x.jpg', lambda f: os.mkfifo(f), 'no file')}
 def use(path, strict=False):
-    with contextlib.redirect_stdout(io.StringIO()), patch('sigma_tokenizer.data.progress_bar', lambda x, **kw: x): d = folder_data(path, 32, strict=strict)
-    return f'{len(d.train)} used;'
+    with contextlib.redirect_stdout(printed := io.StringIO()), patch('sigma_tokenizer.data.progress_bar', lambda x, **kw: x): d = folder_data(path, 32, strict=strict)
+    return f'{len(d.train)} used; ' + ' '.join(line for line in printed.getvalue().splitlines() if 'damaged' in line)
 for what, (name, make, expected) in FILES.items():
     root = data_set(); make(root/'train/flower'/name)
     tried('a file of a data set', what, expected, lambda: use(root))
@@ -84,8 +84,8 @@ def hidden(r):
     with patch.object(Path, 'iterdir', side_effect=PermissionError(13, 'Permission denied')): return use(r)
 spoilt('a folder without the permission to list it', 'cannot be listed: Permission denied', lambda r: None, load=hidden)
 for name, size in (('a cache, cut short', 99), ('a cache, emptied', 0)):
-    root = data_set(); use(root); cache = max((home/'cache').glob('*/*/images.npy'), key=lambda p: p.stat().st_mtime_ns); os.truncate(cache, size); tried('a cache', name, '^8 used', lambda: use(root))
-root = data_set(); use(root); meta = max((home/'cache').glob('*/*/meta.json'), key=lambda p: p.stat().st_mtime_ns); meta.write_text(meta.read_text().replace('"version": 2', '"version": 1')); tried('a cache', 'a cache of another version', '^8 used', lambda: use(root))
+    root = data_set(); use(root); cache = max((home/'cache').glob('*/*/images.npy'), key=lambda p: p.stat().st_mtime_ns); os.truncate(cache, size); tried('a cache', name, '^8 used; made again', lambda: use(root))
+root = data_set(); use(root); meta = max((home/'cache').glob('*/*/meta.json'), key=lambda p: p.stat().st_mtime_ns); meta.write_text(meta.read_text().replace('"version": 2', '"version": 1')); tried('a cache', 'a cache of another version', '^8 used; made again', lambda: use(root))
 def tarred(name, arcname, **kw):
     with tarfile.open(home/name, 'w') as t:
         if kw: info = tarfile.TarInfo(arcname); [setattr(info, k, v) for k, v in kw.items()]; t.addfile(info)

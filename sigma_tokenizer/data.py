@@ -259,7 +259,10 @@ def _unpacked(path):
     "The folder; of an archive, the cached one with what it holds"
     if not os.path.isfile(path): return path
     key = hashlib.sha256(json.dumps([str(path.resolve()), _stats(path)]).encode()).hexdigest()[:32]
-    def make(out): unpack(path, out); find_splits(_inner(out))  # what is no data set is not kept
+    def make(out):
+        unpack(path, out)
+        try: find_splits(_inner(out))  # what is no data set is not kept
+        except FileNotFoundError as e: raise ValueError(str(e).replace(str(_inner(out)), str(path))) from None
     try: return made_once(_cache_home()/f'unpacked-{key}', make, _inner)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data: {str(e).removeprefix("data: ")}') from None
 

@@ -183,4 +183,6 @@ def unpack(
         else:
             with tarfile.open(archive, tarinfo=_Member) as t: t.extractall(out, filter='data')
     except ValueError: raise
-    except Exception as e: raise ValueError(f'{archive}: no zip or tar archive, or a damaged one: {e or type(e).__name__}') from None  # every module has its own
+    except Exception as e:  # every module has its own
+        reasons = [line for line in str(e).splitlines() if ' not a' not in line and not line.endswith(':')] or [type(e).__name__]
+        raise ValueError(f'{archive}: no zip or tar archive, or a damaged one: {reasons[-1].removeprefix("- ")}') from None
