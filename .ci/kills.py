@@ -15,8 +15,8 @@ from sigma_tokenizer.runs import provenance
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--kills', type=int, default=20); parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--side', type=int, default=2, help='kills side by side'); parser.add_argument('--preset', default='quick')
-parser.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'results/robustness/kills.json')
-args = parser.parse_args()
+parser.add_argument('--out', type=Path, help='results/robustness/kills.json; nowhere for fewer than 20 kills'); args = parser.parse_args()
+if args.out is None and args.kills >= 20: args.out = Path(__file__).parent.parent/'results/robustness/kills.json'
 env = os.environ | dict(OMP_NUM_THREADS='1')
 
 def begin(out, jobs):
@@ -76,7 +76,7 @@ with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(args.side) as poo
     moments = [(i, 1 + i % 2, draw.uniform(0, wholes[1 + i % 2][1])) for i in range(args.kills)]
     kills = list(pool.map(lambda m: kill(home, *m, wholes[m[1]][0]), moments))
 good = sum(k['identical'] and not k['ended_before'] for k in kills)
-args.out.parent.mkdir(parents=True, exist_ok=True)
-args.out.write_text(json.dumps(dict(preset=args.preset, seed=args.seed, **provenance('cpu'), minutes=round((time.time() - start)/60, 1), undisturbed_processor_seconds={j: round(s, 1) for j, (_, s) in wholes.items()}, kills=kills), indent=1) + '\n')
-print(f'{good} of {len(kills)} identical, {(time.time() - start)/60:.0f} minutes; {args.out}')
+if args.out: args.out.parent.mkdir(parents=True, exist_ok=True)
+if args.out: args.out.write_text(json.dumps(dict(preset=args.preset, seed=args.seed, **provenance('cpu'), minutes=round((time.time() - start)/60, 1), undisturbed_processor_seconds={j: round(s, 1) for j, (_, s) in wholes.items()}, kills=kills), indent=1) + '\n')
+print(f'{good} of {len(kills)} identical, {(time.time() - start)/60:.0f} minutes; {args.out or "not written"}')
 sys.exit(good < len(kills))

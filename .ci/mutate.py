@@ -181,7 +181,9 @@ def meet(mutant):
     with tempfile.TemporaryDirectory() as tmp:
         copy = make_copy(Path(tmp).resolve()); path = copy/f'nbs/{notebook}.ipynb'; path.write_text(mutated(path.read_text(), notebook, old, new))
         own = in_copy(copy, notebook, notebook); seen = in_copy(copy, hunt) if args.also or not own else None
-        test = own or seen or in_copy(copy, last); caught_by = notebook if own else hunt if seen else last if test else None
+        test = own or seen or in_copy(copy, last)
+        if test and test.startswith(('[', 'ended')): sys.exit(f'{tokenizer}: {name}: no test failed, but {test}')  # an export or a process that broke proves nothing
+        caught_by = notebook if own else hunt if seen else last if test else None
     row = dict(tokenizer=tokenizer, mutant=name, what=what, notebook=notebook, caught_by=caught_by, test=test, **({'also': seen} if args.also else {}), seconds=round(time.time() - start, 1))
     print(f'{tokenizer}: {name}: ' + (f'{caught_by}: {test}' if caught_by else 'SURVIVED') + (f'  ({hunt} alone does not see it)' if args.also and caught_by and not seen else ''), flush=True); return row
 
@@ -189,7 +191,8 @@ if __name__ == '__main__':
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument('--only', default='', metavar='TEXT', help='mutants with this in "tokenizer: name"'); args.add_argument('--jobs', type=int, default=2, metavar='N', help='processes at a time (2)')
     args.add_argument('--also', action='store_true', help='ask of every mutant whether 19_properties alone catches it')
-    args.add_argument('--out', default=root/'results/robustness/mutants.json', type=Path, metavar='FILE'); args = args.parse_args(); start = time.time()
+    args.add_argument('--out', type=Path, metavar='FILE', help='results/robustness/mutants.json; nowhere with --only'); args = args.parse_args(); start = time.time()
+    if args.out is None and not args.only: args.out = root/'results/robustness/mutants.json'
     todo = [(t, *m) for t, ms in mutants.items() for m in ms if args.only.lower() in f'{t}: {m[0]}'.lower()]
     for t, name, notebook, old, new, _ in todo: mutated((root/f'nbs/{notebook}.ipynb').read_text(), notebook, old, new)
     warnings.simplefilter('ignore'); import execnb.shell, hypothesis, matplotlib.pyplot, nbdev.export, pandas, sklearn.metrics, torch  # once, for all the processes that are forked
@@ -201,7 +204,7 @@ if __name__ == '__main__':
             if failed: sys.exit(f'nothing was changed, and {nb} fails: {failed}')
     print(f'without a change {", ".join(names)} pass; {len(todo)} mutants', flush=True)
     with ThreadPoolExecutor(args.jobs) as pool: rows = list(pool.map(meet, todo))
-    args.out.parent.mkdir(parents=True, exist_ok=True); args.out.write_text(json.dumps(rows, indent=1) + '\n')
+    if args.out: args.out.parent.mkdir(parents=True, exist_ok=True); args.out.write_text(json.dumps(rows, indent=1) + '\n')
     alive = [f'{r["tokenizer"]}: {r["mutant"]}' for r in rows if not r['caught_by']]
     print(f'{len(rows) - len(alive)} of {len(rows)} caught, ' + (f'{sum(bool(r["also"]) for r in rows)} by {hunt} alone, ' if args.also else '') + f'in {time.time() - start:.0f} s' + ''.join(f'\nSURVIVED {a}' for a in alive))
     sys.exit(bool(alive))

@@ -286,7 +286,7 @@ def hold_out(
     if data.bordered: small = images[:, cut:cut+side, cut:cut+side]
     else: small = np.stack([np.asarray(Image.fromarray(im).resize((side, side), Image.Resampling.BILINEAR)) for im in images])
     names = lambda places: data.train.files and [data.train.files[i] for i in places]
-    return replace(data, train=Split(data.train.images[train], y[train], names(train)), test=Split(small, y[held], names(held)), evaluated='holdout')
+    return replace(data, train=Split(data.train.images[train], y[train], names(train)), test=Split(small, y[held], names(held)), evaluated='holdout', in_both=[])
 
 # %% ../nbs/11_data.ipynb #f0241e3e
 def random_crop(

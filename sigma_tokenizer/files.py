@@ -24,14 +24,17 @@ def _sync(
 
 @contextmanager
 def replaced(
-    path:str|Path
+    path:str|Path,  # of the file to write
+    earlier:Path=None  # where the file that stood there goes; nowhere if None
 ):
     "The name of a new file that takes `path`'s place when the block ends, and vanishes if the block fails"
     path = Path(path)
     new = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
         yield new
-        _sync(new); os.replace(new, path); _sync(path.parent)
+        _sync(new)
+        if earlier and path.exists(): os.replace(path, earlier)
+        os.replace(new, path); _sync(path.parent)
     finally: new.unlink(missing_ok=True)
 
 def remove_parts(
@@ -43,16 +46,16 @@ def remove_parts(
 
 # %% ../nbs/09_files.ipynb #4d015d9c
 def made_once(
-    folder:Path,
+    folder:Path,  # where it belongs
     make,  # fills the empty folder that it is given
-    load  # what to give back of the complete folder; one that it refuses (`ValueError`, `OSError`, `EOFError`) is made again
+    load  # what to give back of the complete folder; one that it refuses (`ValueError`, `EOFError`, `FileNotFoundError`) is made again
 ):  # what `load` gives
     "A folder made by this call or an earlier one, loaded"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f'.{folder.name}.lock')):
         if folder.exists():
             try: return load(folder)
-            except (ValueError, OSError, EOFError) as e: print(f'made again, since it is damaged: {folder} ({e})'); shutil.rmtree(folder)
+            except (ValueError, EOFError, FileNotFoundError) as e: print(f'made again, since it is damaged: {folder} ({e})'); shutil.rmtree(folder)
         part = folder.with_name(f'.{folder.name}.part')
         shutil.rmtree(part, ignore_errors=True); part.mkdir()  # one that a killed process left is no use
         try:
@@ -89,11 +92,11 @@ strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)  # to be s
 _max_bytes = dict(json=2**26, toml=2**20)
 
 def checked(
-    value,
+    value,  # what was read
     schema,  # a type, such as a TypedDict with `strict`
     source  # what it was read from
 ):
-    "The value, or a `ValueError` that names each field that is wrong, what came and what is accepted"
+    "The value, or a `ValueError` that names the first five fields that are wrong, what came and what is accepted"
     try: return TypeAdapter(schema).validate_python(value)
     except ValidationError as e: raise ValueError(f'{source}: {_wrong(e)}') from None
     except RecursionError: raise ValueError(f'{source}: got something too deeply nested') from None
@@ -121,7 +124,7 @@ def _read(path, most):
     return path.read_bytes()
 
 def read_json(
-    path:str|Path,
+    path:str|Path,  # of the file; `FileNotFoundError` if there is none
     schema  # a type, such as a TypedDict with `strict`
 ):
     "What a JSON file holds, checked; `ValueError` if it is anything else"
@@ -129,7 +132,7 @@ def read_json(
     except ValidationError as e: raise ValueError(f'{path}: {_wrong(e)}') from None
 
 def read_toml(
-    path:str|Path,
+    path:str|Path,  # of the file; `FileNotFoundError` if there is none
     schema  # a type, such as a TypedDict with `strict`
 ):
     "What a TOML file holds, checked; `ValueError` if it is anything else"
@@ -141,7 +144,7 @@ def read_toml(
 _extensions = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 class _Member(tarfile.TarInfo):
-    "A header that is not read into memory whole if it claims to be huge"
+    "A tar header; an extension header of more than 1 MiB, which would be read into memory whole, is refused"
     @classmethod
     def frombuf(cls, *args):
         member = super().frombuf(*args)
@@ -164,14 +167,14 @@ def unpack(
     archive:Path,  # zip, or tar, compressed or not
     out:Path  # an empty folder
 ):
-    "Unpack an archive that holds nothing but files and folders, all of them inside it; else a `ValueError`, before anything is written"
+    "Unpack an archive that holds nothing but files and folders inside it, each once; names, links and sizes are looked at before anything is written, damage is found on the way (`ValueError`)"
     def refuse(name, why): raise ValueError(f'{archive}: holds {name[:100]!r}, {why}; accepted: files and folders inside the archive, each with a name of its own')
     try:
         members, files, folders = _members(archive), set(), set()
         for name, plain, _ in members:
             path = PurePosixPath(name.replace('\\', '/')); parts = path.parts
             if not plain: refuse(name, 'a link or a device')
-            if '..' in parts or (parts and (parts[0] == '/' or ':' in parts[0])): refuse(name, 'a path that leads out of it')
+            if '..' in parts or (parts and (parts[0] == '/' or re.match('[A-Za-z]:', parts[0]))): refuse(name, 'a path that leads out of it')
             if not parts and not name.endswith('/') or len(parts) > 50 or any(len(os.fsencode(p)) > 255 for p in parts): refuse(name, 'a name that is empty or too long')
             if path in files: refuse(name, 'twice')
             (folders if name.endswith('/') else files).add(path); folders.update(path.parents)
@@ -181,7 +184,7 @@ def unpack(
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z: z.extractall(out)
         else:
-            with tarfile.open(archive, tarinfo=_Member) as t: t.extractall(out, filter='data')
+            with tarfile.open(archive, tarinfo=_Member) as t: t.extractall(out, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))  # Python before 3.11.4 has none
     except ValueError: raise
     except Exception as e:  # every module has its own
         reasons = [line for line in str(e).splitlines() if ' not a' not in line and not line.endswith(':')] or [type(e).__name__]

@@ -30,8 +30,9 @@ sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)"""
 def _in_process(job, log, jobs, children):
     "Do one job in a process of its own, that ends with this one and is added to `children`; whether it was done before the deadline"
     if time.time() > job['deadline']: return False
-    threads = {} if jobs == 1 else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
-    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-P', '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=os.environ | threads) as child: children.append(child); rc = child.wait()
+    env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
+    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-P', '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=env) as child:
+        children.append(child); rc = child.wait()
     if rc not in (0, 3): raise RuntimeError(f'exit status {rc}, {" ".join(log.read_text(errors="replace").splitlines()[-1:])[:500]}; its log is {log}')
     return rc == 0
 
@@ -46,7 +47,7 @@ def run_jobs(
         for job in todo:
             print(f'\n{job["run"]}, seed {job["seed"]}', flush=True)
             try: done = run_job(**job)
-            except (ValueError, ArithmeticError, RuntimeError) as e: fails(job, e)
+            except (ValueError, ArithmeticError, RuntimeError, OSError) as e: fails(job, e)
             else: yield job, done
     else:
         pool, children = ThreadPoolExecutor(jobs), []
@@ -89,7 +90,7 @@ def reproduce(
     dataset = load_data(data, settings['model']['image_size'], strict)
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes; '
-          f'{len(dataset.left_out)} files left out, {len(dataset.in_both)} images in both splits')
+          f'{len(dataset.left_out)} files left out' + f', {len(dataset.in_both)} images in both splits'*(dataset.evaluated == 'test'))
     common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out), check=check, deadline=start + 60*minutes if minutes else math.inf)
     title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
     with nullcontext() if check else locked(out): return _all_runs(todo, configs, dataset, out, title, jobs, start, common)

@@ -127,7 +127,7 @@ def describe(
 )->dict:
     "What a result file says of its data"
     return dict(name=data.name, evaluated=data.evaluated, classes=data.classes, train=len(data.train), test=len(data.test), fingerprint=data.fingerprint,
-                left_out=len(data.left_out), unreadable=[list(u) for u in data.left_out[:20]], in_both=len(data.in_both))
+                left_out=len(data.left_out), unreadable=[list(u) for u in data.left_out[:20]], **(dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}))
 
 # %% ../nbs/14_runs.ipynb #0424f7ef
 def gate_summary(

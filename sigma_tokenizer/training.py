@@ -191,7 +191,7 @@ def _load_checkpoint(
             saved = torch.load(path, map_location='cpu', weights_only=True)  # tensors and plain values, no program
         except Exception as e: damage.append(f'{path} is no checkpoint: {(str(e) or type(e).__name__).splitlines()[0].split(". ")[0]}'); continue
         if isinstance(saved, dict) and {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'} <= set(saved) and _is_log(saved['log']):
-            if damage: print(f'{damage[0]}; going on from {path}')
+            if damage: print(f'{damage[0]}; going on from {path}'); os.replace(path, paths[0])  # in the place of the damaged one
             return saved
         damage.append(f'{path} is no checkpoint')
     if damage: raise ValueError(f'{"; ".join(damage)}. Delete it, and the run begins again')
@@ -203,17 +203,18 @@ class Epochs(Callback):
         path:str|Path=None,  # the checkpoint; none is kept if None
         made_of:str='',  # what the run is made of: a checkpoint of anything else is refused
         deadline:float=math.inf  # as `time.time()` tells it, in seconds
-    ): self.path, self.made_of, self.deadline, self.log, self.saved = path and Path(path), made_of, deadline, [], None
+    ): self.path, self.made_of, self.deadline, self.log, self.saved, self.saved_epochs = path and Path(path), made_of, deadline, [], None, 0
 
     def load(self, learn, epochs):
         "Go on from the last good checkpoint if there is one; the number of epochs done"
         saved = self.path and _load_checkpoint(checkpoints(self.path))
         if not saved: return 0
-        if saved['made_of'] != self.made_of or len(saved['log']) > epochs: raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data or code; name another --out, or delete it')
+        if saved['made_of'] != self.made_of or len(saved['log']) > epochs:
+            raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data, code, versions or number of threads (--jobs); name another --out, or delete it and {checkpoints(self.path)[1].name}')
         learn.create_opt()
         learn.model.load_state_dict(saved['model']); learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
-        self.log, self.saved = saved['log'], saved
-        return len(self.log)
+        self.log, self.saved, self.saved_epochs = saved['log'], saved, len(saved['log'])
+        return self.saved_epochs
 
     def before_epoch(self):
         if self.log and time.time() + self.log[-1]['seconds'] > self.deadline: raise CancelFitException()
@@ -240,10 +241,10 @@ class Epochs(Callback):
         smooth = self.recorder.smooth_loss
         state = dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log, random=_random_states(self.learn),
                      smooth_loss=(smooth.count, float(smooth.val)))
-        with replaced(self.path) as new:
+        with replaced(*checkpoints(self.path)) as new:
             try: torch.save(state, new)
             except RuntimeError as e: raise OSError(f'{self.path} cannot be written (is the disk full?): {str(e).splitlines()[0]}') from None
-            if self.path.exists(): os.replace(*checkpoints(self.path))
+        self.saved_epochs = len(self.log)
 
 # %% ../nbs/12_training.ipynb #92492228
 def train(
@@ -261,7 +262,7 @@ def train(
     try:
         if done < epochs: fit(epochs, lr, cbs=log, start_epoch=done)
     except (FloatingPointError, OSError) as e:
-        good = next((f'{p} is from epoch {len(_load_checkpoint([p])["log"])}' for p in (checkpoints(log.path) if log.path else ()) if p.exists()), 'none')
+        good = next((f'{p} is from epoch {log.saved_epochs}' for p in (checkpoints(log.path) if log.path else ()) if p.exists()), 'none')
         said = str(e).split('`:\n\t')[-1]  # fastai puts before it in which callback it was
         raise type(e)(f'{said}. The last good checkpoint: {good}') from None
     return log.log
