@@ -22,10 +22,10 @@ from sigma_tokenizer.training import create_learner, train
 
 torch.manual_seed(0); rng = np.random.default_rng(0)
 home = Path(tempfile.mkdtemp()); os.environ['XDG_CACHE_HOME'] = str(home/'cache')
-rows, wrong = [], []
+(home/'cache/sigma_tokenizer').mkdir(parents=True); rows, wrong = [], []
 
 def photo(i, size=(64, 48)): return Image.fromarray(np.clip(rng.normal(128, 20, (size[1], size[0], 3)) + np.linspace(-90, 90, size[0])[:, None]*(1 if i % 2 else -1), 0, 255).astype(np.uint8))
-def snapshot(): return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() and not p.is_symlink() else 'other' for p in home.rglob('*') if p.name not in ('images.npy', 'meta.json') and p.suffix != '.lock' and not re.fullmatch('[0-9a-f]{32}', p.name)}  # but for the image cache
+def snapshot(): return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() and not p.is_symlink() else 'other' for p in home.rglob('*') if p.suffix != '.lock' and p.name != '.lock' and not re.search('cache/sigma_tokenizer/(unpacked-)?[0-9a-f]{32}', str(p))}  # but for locks, and the cache's own folders
 
 def data_set():
     "A good one, new"
