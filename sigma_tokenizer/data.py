@@ -26,7 +26,7 @@ from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
-from .images import check_number, imagenet_normalize
+from .images import check_int, check_number, imagenet_normalize
 from .files import made_once, read_json, strict, unpack
 
 # %% ../nbs/11_data.ipynb #37da46ec
@@ -64,6 +64,7 @@ def digits_data(
     image_size:int=32  # side M of the test images, in pixels
 )->ImageData:
     "scikit-learn's digits; a random fifth of each class, always the same one, is the test split"
+    check_int('image_size', image_size)
     x, y = load_digits(return_X_y=True)
     big = F.interpolate(torch.tensor(x).view(-1, 1, 8, 8)*255/16, image_size, mode='bilinear').round().byte()
     big = big.movedim(1, -1).repeat(1, 1, 1, 3).numpy()
@@ -273,7 +274,7 @@ def _inner(folder):
 
 # %% ../nbs/11_data.ipynb #e911b549
 def hold_out(
-    data:ImageData,
+    data:ImageData,  # with a training split of which a part is to be held out
     share:float  # of the training images, 0 < share < 1
 )->ImageData:  # with `evaluated='holdout'`
     "Train on a part of the training split, evaluate on the rest of it, and leave the test split alone"
@@ -296,6 +297,7 @@ def random_crop(
 )->Tensor:  # (B, M, M, 3)
     "A random square of each image, perhaps mirrored"
     B, S = len(images), len(images[0])
+    if size > S: raise ValueError(f'size: got {size}; accepted: up to {S}, the side of the images')
     top, left = torch.randint(S - size + 1, (2, B, 1))[..., 0].tolist()
     crops = [im[i:i+size, j:j+size] for im, i, j in zip(images, top, left)]
     if flip: crops = [c.flip(1) if mirrored else c for c, mirrored in zip(crops, (torch.rand(B) < .5).tolist())]
@@ -317,7 +319,7 @@ _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 class ImageLoader(DataLoader):
     "A fastai loader that makes batches, not items: (B, 3, M, M) float32 images and (B,) labels on the device"
     def __init__(self,
-        split:Split,
+        split:Split,  # images of at least `image_size`
         bs:int,  # images in a batch
         image_size:int,  # side M of the images that come out, in pixels
         train:bool=False,  # shuffle, crop at random, and drop the last incomplete batch
@@ -354,10 +356,11 @@ def image_loaders(
     data:ImageData,
     bs:int,  # images in a training batch; four times as many are evaluated at once
     normalize:bool=True,  # normalise by ImageNet's mean and standard deviation; else leave [0, 1], as FFT wants it
-    device:str='cpu',
+    device:str='cpu',  # where the batches are made
     augment:str='crop'  # of the training images: 'crop', or 'resized_crop' for windows of any size
 )->DataLoaders:  # `train` shuffled, cropped and mirrored at random; `valid` the test split as it is
     "fastai loaders of a data set"
+    check_int('bs', bs)
     size = data.test.images.shape[1]
     loaders = [ImageLoader(s, b, size, train, augment, data.flip, normalize, device) for s, b, train in [(data.train, bs, True), (data.test, 4*bs, False)]]
     dls = DataLoaders(*loaders, device=torch.device(device))

@@ -82,7 +82,7 @@ def result_path(
 
 def save_result(
     out:str|Path,  # the results' folder, made if it is not there
-    result:Result,
+    result:Result,  # checked before anything is written
     predictions:dict[str, np.ndarray]  # labels (n,); preds, confidence and lengths (rows, n)
 )->Path:
     "Write one run's result, and its predictions beside it (`.npz`)"

@@ -147,7 +147,7 @@ class FiniteLoss(Callback):
         raise FloatingPointError(f'loss: got {self.learn.loss.item()} in epoch {self.epoch + 1}, step {self.iter + 1} of {self.n_iter}; accepted: a finite number. The batch: {", ".join(files)}')
 
 def create_learner(
-    model:VisionTransformer,
+    model:VisionTransformer,  # or any module that gives logits; what needs gates says so
     dls:DataLoaders,  # `image_loaders`
     wd:float=0.,  # decoupled weight decay: 0 makes AdamW the plain Adam
     cbs:list=()  # further callbacks, such as `GateLoss(.0125)`
@@ -238,6 +238,7 @@ class Epochs(Callback):
         if self.path: self.save()
 
     def save(self):
+        "Keep all that the next epoch goes on from"
         smooth = self.recorder.smooth_loss
         state = dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log, random=_random_states(self.learn),
                      smooth_loss=(smooth.count, float(smooth.val)))
@@ -248,14 +249,15 @@ class Epochs(Callback):
 
 # %% ../nbs/12_training.ipynb #92492228
 def train(
-    learn:Learner,
-    epochs:int,
+    learn:Learner,  # of `create_learner`
+    epochs:int,  # in all, those of a checkpoint included
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
     **checkpoint  # arguments of `Epochs`: path, made_of, deadline
 )->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included), train_accuracy, seconds
     "Fit, and give back the log: shorter than `epochs` if the deadline came first"
     if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
+    check_int('epochs', epochs); check_number('lr', lr, '0 < lr < infinity', lambda x: 0 < x < math.inf)
     log = Epochs(**checkpoint)
     done = log.load(learn, epochs)
     fit = learn.fit_one_cycle if schedule == 'one_cycle' else learn.fit
