@@ -189,7 +189,7 @@ def _decode_all(root, files, side, stop, out):
     images = np.lib.format.open_memmap(out/'images.npy', 'w+', np.uint8, (len(files), side, side, 3))
     if hasattr(os, 'posix_fallocate'):  # a full disk is to be known now: to write into a map that has no room ends the process
         with open(out/'images.npy', 'rb+') as f:
-            try: os.posix_fallocate(f.fileno(), 0, images.nbytes)
+            try: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
             except OSError as e: raise OSError(e.errno, f'data: no room for a cache of {images.nbytes} bytes (XDG_CACHE_HOME names another place)', str(out.parent)) from None
     digest, crc, kept, pixels, left_out = hashlib.sha256(), 0, [], [], []
     def work(f):
