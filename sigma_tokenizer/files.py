@@ -117,6 +117,7 @@ def _wrong(e):
     errors = e.errors(include_url=False, include_context=False)
     return '; '.join(map(one, errors[:5])) + f'; and {len(errors) - 5} more'*(len(errors) > 5)
 
+# %% ../nbs/09_files.ipynb #ebcc9a17
 def _read(path, most):
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
@@ -163,6 +164,7 @@ def _members(
         if t.fileobj.read(512) != bytes(512): raise tarfile.ReadError('its end is missing')  # Python takes a broken header for it
     return members
 
+# %% ../nbs/09_files.ipynb #fa9f648b
 def unpack(
     archive:Path,  # zip, or tar, compressed or not
     out:Path  # an empty folder

@@ -97,6 +97,7 @@ class ModelConfig(Backbone):
     reduction:NotRequired[Literal[tuple(_reductions)]]; keep:NotRequired[KeepK|KeepP|None]; gate:NotRequired[Literal[tuple(_gates)]]
     filter_size:NotRequired[int|None]; energy:NotRequired[float|None]; band:NotRequired[str]; cut:NotRequired[str]; criterion:NotRequired[str]
 
+# %% ../nbs/10_models.ipynb #012cbbb7
 def save_model(
     model:VisionTransformer,  # of `create_model`
     folder:str|Path  # made if it is not there
@@ -109,6 +110,7 @@ def save_model(
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
         config.write_text(json.dumps(model.config | dict(keep=keep), indent=1) + '\n')
 
+# %% ../nbs/10_models.ipynb #eb2a499e
 def load_model(
     folder:str|Path  # with `model.safetensors` and `config.json`
 )->VisionTransformer:  # in evaluation mode, on the CPU

@@ -196,6 +196,7 @@ def _load_checkpoint(
         damage.append(f'{path} is no checkpoint')
     if damage: raise ValueError(f'{"; ".join(damage)}. Delete it, and the run begins again')
 
+# %% ../nbs/12_training.ipynb #823e1c77
 class Epochs(Callback):
     "Log each epoch in `log`, keep a checkpoint, and begin no epoch that would end after the deadline, if it takes as long as the last"
     order = 80  # after the recorder, and after what skips the epochs that were done before
