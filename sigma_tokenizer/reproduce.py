@@ -97,6 +97,7 @@ def reproduce(
 
 def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
     "Do what has no result yet, in a folder that is ours"
+    out.mkdir(parents=True, exist_ok=True)  # `check` takes no lock, but leaves its logs here
     if not common['check']: remove_parts(out)
     for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
     missing = [(run, todo[0][1]) for run in configs] if common['check'] else [job for job in todo if not result_path(out, *job).exists()]
