@@ -14,7 +14,7 @@ from torch import nn
 from sigma_tokenizer import Mass, TopK, create_model
 from sigma_tokenizer.data import digits_data, folder_data, image_loaders, load_data
 from sigma_tokenizer.files import locked
-from sigma_tokenizer.models import load_model, save_model
+from sigma_tokenizer.models import SigmaModel
 from sigma_tokenizer.reproduce import reproduce
 from sigma_tokenizer.results import load_predictions, load_result
 from sigma_tokenizer.runs import load_preset
@@ -115,12 +115,12 @@ spoilt('text named .tar', 'no zip or tar archive', lambda r: (home/'a.tar').writ
 class Program:
     def __reduce__(self): return (Path.touch, (home/'broken in',))
 small = dict(image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
-save_model(create_model('msvd_gated', **small), home/'model'); good_config = (home/'model/config.json').read_text(); good_weights = (home/'model/model.safetensors').read_bytes()
+create_model('msvd_gated', **small).save_pretrained(home/'model'); good_config = (home/'model/config.json').read_text(); good_weights = (home/'model/model.safetensors').read_bytes()
 def model_with(what, expected, config=None, weights=None):
     (home/'model/config.json').write_text(config or good_config)
     if weights is None: (home/'model/model.safetensors').write_bytes(good_weights)
     else: weights(home/'model/model.safetensors')
-    tried('a model from a stranger', what, expected, lambda: load_model(home/'model') and 'read')
+    tried('a model from a stranger', what, expected, lambda: SigmaModel.from_pretrained(home/'model') and 'read')
 model_with('a good one', '^read'); model_with('a pickle as the weights', 'no safetensors file', weights=lambda f: f.write_bytes(pickle.dumps(Program()))); model_with("torch.save's pickle as the weights", 'no safetensors file', weights=lambda f: torch.save(Program(), f))
 model_with('weights cut short', 'no safetensors file', weights=lambda f: f.write_bytes(good_weights[:-9])); change = lambda **kw: json.dumps(json.loads(good_config) | kw)
 model_with('a field that nobody knows', '__reduce__: no such field', change(__reduce__='os.system')); model_with('a name that is none', "name: got 'os.system'", change(name='os.system')); model_with('a size without end', 'depth: got 1000000000', change(depth=10**9))

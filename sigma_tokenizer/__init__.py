@@ -1,4 +1,4 @@
 __version__ = "0.1.0"
 
-from .models import create_model, list_models, load_model, save_model
+from .models import SigmaModel, create_model, list_models, list_pretrained
 from .select import Mass, TopK

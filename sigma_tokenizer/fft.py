@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
-# %% ../nbs/05_fft.ipynb #eec2d831
+# %% ../nbs/05_fft.ipynb #2a4a8f06
+from dataclasses import replace
 import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .images import patches_per_side, check_finite, check_images, check_int, check_number
-from .tokens import Tokens
+from .tokens import Tokens, full_tokens
 from .stem import ConvStem
 
 # %% ../nbs/05_fft.ipynb #816ba8c3
@@ -104,6 +105,16 @@ def places(self:FFTTokenizer,
     return (cells[:, None]*G + cells).flatten()
 
 @patch
+def in_pieces(self:FFTTokenizer,
+    squares:list[Tensor]  # (B, 6, s, s), the squares of one batch, each side with its own B
+)->list[Tensor]:  # (B, (s/p)^2, D)
+    "Tokens of squares of different sides"
+    if self.cut == 'stem': squares = self.stem.forward_groups(squares)
+    elif self.cut == 'patches': squares = [F.pixel_unshuffle(h, self.patch_size) for h in squares]
+    else: squares = [radial_bins(h, self.patch_size) for h in squares]
+    return [self.proj(h.flatten(2).mT) for h in squares]
+
+@patch
 def forward(self:FFTTokenizer,
     x:Tensor  # (B, 3, M, M) images in [0, 1], not normalised
 )->Tokens:  # N = (s/p)^2, of the largest side in the batch
@@ -111,15 +122,29 @@ def forward(self:FFTTokenizer,
     f = log_spectrum(x, shift=self.band == 'low')
     if self.energy is None: sides = torch.full((len(x),), self.filter_size, device=x.device)
     else: sides = energy_side(f, self.energy, self.patch_size)
+    if torch.compiler.is_exporting(): return self.at_every_side(f, sides)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
     N = max(len(self.places(s)) for s in groups)
     out, index = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)
-    squares = [crop(f[rows], s).to(x.dtype) for s, rows in groups.items()]
-    if self.cut == 'stem': squares = self.stem.forward_groups(squares)
-    elif self.cut == 'patches': squares = [F.pixel_unshuffle(h, self.patch_size) for h in squares]
-    else: squares = [radial_bins(h, self.patch_size) for h in squares]
-    for (s, rows), h in zip(groups.items(), squares):
-        tokens, places = self.proj(h.flatten(2).mT), self.places(s)
+    parts = self.in_pieces([crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
+    for (s, rows), tokens in zip(groups.items(), parts):
+        places = self.places(s)
         out[rows, :len(places)], index[rows, :len(places)] = tokens.to(out.dtype), places
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2
     return Tokens(out, mask, None, index, padded=len(groups) > 1)
+
+@patch
+def at_every_side(self:FFTTokenizer,
+    f:Tensor,  # (B, 6, M, M) spectra
+    sides:Tensor  # (B,) int64, each image's own
+)->Tokens:  # N = (M/p)^2, or (s/p)^2 if static
+    "The same tokens in a graph whose shapes depend on no image (`torch.export`): all sides are computed, and the image's own is kept"
+    if self.training: raise ValueError('export: got a tokenizer in training; accepted: one in evaluation, `model.eval()`')
+    if self.energy is None: return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]), index=self.places(self.filter_size).expand(len(f), -1))
+    out, mask = f.new_zeros(len(f), self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype), torch.zeros(len(f), self.n_tokens, dtype=torch.bool, device=f.device)
+    for s in range(self.patch_size, self.image_size + 1, self.patch_size):
+        places, own = self.places(s), (sides == s)[:, None]
+        tokens = self.in_pieces([crop(f, s).to(out.dtype)])[0]
+        out[:, places] = torch.where(own[..., None], tokens, out[:, places])
+        mask[:, places] = mask[:, places] | own
+    return Tokens(out, mask, None, torch.arange(self.n_tokens, device=f.device).expand(len(f), -1))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .tokens import Tokens, full_tokens
-from .select import Mass, TopK, chosen, drop
+from .select import Mass, TopK, chosen, drop, most
 from .msvd import Gated
 
 # %% ../nbs/08_reduce.ipynb #16339099
@@ -31,11 +31,11 @@ class RestToken(nn.Module):
     )->Tokens:  # the rest token, at place -1 and without a gate, is padding for an image that loses nothing
         if keep is None: return t
         kept = chosen(t, keep); dropped = t.mask & ~kept
-        short, n = drop(t, kept), dropped.sum(1, keepdim=True)
-        if not n.any(): return short
+        short, n, exporting = drop(t, kept, most(keep)), dropped.sum(1, keepdim=True), torch.compiler.is_exporting()
+        if not (exporting or n.any()): return short
         rest = self.write(self.mean(t, dropped))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)), F.pad(short.index, (1, 0), value=-1),
-                      padded=short.padded or not bool(n.all()))
+                      padded=exporting or short.padded or not bool(n.all()))
 
     def mean(self, t, dropped):
         "The gate-weighted mean of the dropped tokens, (B, 1, D)"
@@ -75,7 +75,7 @@ class MergeDropped(nn.Module):
     )->Tokens:  # as many as the budget keeps
         if keep is None: return t
         if keep == TopK(0): raise ValueError(f'keep: got {keep}; accepted: k >= 1, as dropped tokens need one to join')
-        short = drop(t, kept := chosen(t, keep))
+        short = drop(t, kept := chosen(t, keep), most(keep))
         like = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
         to = like.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
         own = (kept.cumsum(1) - 1).clamp(min=0)  # the place of a kept token among the kept

@@ -76,7 +76,8 @@ def reproduce(
     jobs:int=1,  # trainings side by side, each a process with its log in `out`
     minutes:float=None,  # begin no epoch that would end later; the next call goes on. No limit if None
     check:bool=False,  # instead: two steps of every run at full size, and no results
-    strict:bool=False  # stop at the first file of the data that cannot be read, or that is in both splits
+    strict:bool=False,  # stop at the first file of the data that cannot be read, or that is in both splits
+    weights:bool=False  # keep each trained model too, for `SigmaModel.from_pretrained`
 )->pd.DataFrame:  # `result_table` of all results in `out`
     "Train what is asked, evaluate every row, write results, table and picture"
     start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{Path(preset).stem}')
@@ -91,7 +92,7 @@ def reproduce(
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes; '
           f'{len(dataset.left_out)} files left out' + f', {len(dataset.in_both)} images in both splits'*(dataset.evaluated == 'test'))
-    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out), check=check, deadline=start + 60*minutes if minutes else math.inf)
+    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out), check=check, weights=weights, deadline=start + 60*minutes if minutes else math.inf)
     title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
     with nullcontext() if check else locked(out): return _all_runs(todo, configs, dataset, out, title, jobs, start, common)
 
@@ -100,7 +101,7 @@ def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
     out.mkdir(parents=True, exist_ok=True)  # `check` takes no lock, but leaves its logs here
     if not common['check']: remove_parts(out)
     for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
-    missing = [(run, todo[0][1]) for run in configs] if common['check'] else [job for job in todo if not result_path(out, *job).exists()]
+    missing = [(run, todo[0][1]) for run in configs] if common['check'] else [job for job in todo if not _is_done(out, job, common['weights'])]
     print(f'{len(todo)} runs, {len(missing)} of them to do, on {common["device"]}; results in {out}\nreported figures: Intel scenes at 256 pixels, ViT-B\n')
     there = [job for job in todo if job not in missing]
     print('\n'.join(table_lines(result_table([load_result(result_path(out, *job)) for job in there]))), flush=True)
@@ -113,7 +114,9 @@ def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
     if common['check']: print(f'\nall runs work here; {minutes:.1f} minutes')
     return result_table(load_results(out)) if common['check'] else _finish(out, title, todo, minutes)
 
-# %% ../nbs/15_reproduce.ipynb #4b2f59c0
+# %% ../nbs/15_reproduce.ipynb #3fe110e7
+def _is_done(out, job, weights): return result_path(out, *job).exists() and (not weights or result_path(out, *job).with_suffix('').is_dir())
+
 def _device(device):
     "The device, tried"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -162,11 +165,12 @@ def sigma_reproduce(
     jobs:int=1,  # trainings side by side, each a process with its own log
     minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
     check:store_true=False,  # train two steps of every run at full size, and keep nothing
-    strict:store_true=False  # stop at the first file of the data that cannot be read, or that is in both splits (default: leave it out, or report it, and count it in the results)
+    strict:store_true=False,  # stop at the first file of the data that cannot be read, or that is in both splits (default: leave it out, or report it, and count it in the results)
+    weights:store_true=False  # keep each trained model beside its result, as a folder of safetensors and JSON
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
     try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdecimal() else s for s in items(seeds)], epochs, holdout, device, out,
-                  jobs, minutes, check, strict)
+                  jobs, minutes, check, strict, weights)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')
     except KeyboardInterrupt: sys.exit('sigma_reproduce: interrupted; the same command goes on from the last epoch')

@@ -153,7 +153,8 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf  # as `time.time()` tells it: no epoch is begun that would end later
+    deadline:float=math.inf,  # as `time.time()` tells it: no epoch is begun that would end later
+    folder:Path=None  # where to keep the trained model
 )->tuple[dict, dict]|None:  # result and predictions as `save_result` takes them; None if the deadline came first
     "Train one model and evaluate it for all its rows"
     source, t = provenance(device), config['train']  # before training: the files may change while it lasts
@@ -169,6 +170,8 @@ def run_once(
     learn = create_learner(model, dls, t['wd'], callbacks(config))
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline)
     if len(epochs) < t['epochs']: return None
+    model.classes, model.normalize = data.classes, config['normalize']
+    if folder: model.save_pretrained(folder)
     trained, (names, keeps, settings) = time.perf_counter(), zip(*run_rows(run, config))
     def calibrated(length): set_seed(seed, reproducible=True); return calibrate(model, loaders(), length)  # on the same windows, whatever training drew and wherever it was resumed
     said, gates = evaluate(model, dls.valid, [calibrated(keep) if isinstance(keep, float) else keep for keep in keeps])
@@ -198,7 +201,8 @@ def run_job(
     out:str,  # folder of the results
     deadline:float=math.inf,  # as `time.time()` tells it
     check:bool=False,  # two steps with batches of two images, and no result: does everything work?
-    fingerprint:str=None  # of the data that are meant: others are refused
+    fingerprint:str=None,  # of the data that are meant: others are refused
+    weights:bool=False  # keep the trained model beside its result
 )->bool:  # whether it was done before the deadline
     "Load the data, make one run, and leave its result in `out`"
     if not check and time.time() > deadline: return False
@@ -207,7 +211,7 @@ def run_job(
     if holdout is not None: dataset = hold_out(dataset, holdout)
     if check: return check_run(run, config, seed, dataset, device)
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
-    done = run_once(run, config, seed, dataset, device, checkpoint, deadline)
+    done = run_once(run, config, seed, dataset, device, checkpoint, deadline, path.with_suffix('') if weights else None)
     if done is None: return False
     save_result(out, *done); remove_checkpoints(out, run, seed)
     return True

@@ -192,11 +192,13 @@ class SVDTokenizer(nn.Module):
         x:Tensor  # (B, 3, M, M) normalised images
     )->Tokens:  # N = the largest rank in the batch, strongest triplet first
         check_images(x, self.proj.weight, size=self.image_size)
-        U, S, V, k = kept_triplets(x, self.energy, self.criterion)
+        if torch.compiler.is_exporting(): U, S, V = singular_triplets(x); k = energy_rank(S, self.energy, self.criterion)  # all M triplets: a graph's shapes depend on no image
+        else: U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         root = S[..., None, :].sqrt()
         pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)
         index = torch.arange(S.shape[-1], device=x.device).expand(len(x), -1)
         real = index < k[:, None]
+        if torch.compiler.is_exporting(): return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, index)
         tokens = x.new_zeros(*real.shape, self.embed_dim)
         tokens[real] = self.proj(pairs[real].to(x.dtype)).to(x.dtype)
         return Tokens(tokens, real, None, index)

@@ -125,7 +125,8 @@ class Packing:
     def possible(
         x:Tensor  # (B, N, D)
     )->bool:
-        "On a CPU; on a GPU with torch's kernel, in half precision"
+        "On a CPU; on a GPU with torch's kernel, in half precision; not in a graph that is exported"
+        if torch.compiler.is_exporting(): return False
         half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
         return x.device.type == 'cpu' or x.is_cuda and half and varlen_attn is not None
 
@@ -163,7 +164,7 @@ class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer, with the class token's output classified"
     def __init__(self,
         tokenizer:nn.Module,  # images -> `Tokens`; has `embed_dim` and `n_tokens`
-        n_classes:int=6,  # classes
+        n_classes:int=6,  # classes; 0 for no head: the features come out
         depth:int=12,  # blocks
         num_heads:int=12,  # attention heads, a divisor of the tokenizer's `embed_dim`
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of the token width
@@ -175,7 +176,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
             raise ValueError(f"pos_embed: got {pos_embed!r}; accepted: 'sinusoidal', 'learned'")
-        check_int('depth', depth); check_int('n_classes', n_classes); check_keep(keep)
+        check_int('depth', depth); check_int('n_classes', n_classes, 0); check_keep(keep)
         self.tokenizer, self.keep, self.reduction, dim = tokenizer, keep, reduction, tokenizer.embed_dim
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)*.02)
         if pos_embed == 'learned': self.pos_embed = nn.Parameter(torch.randn(1 + tokenizer.n_tokens, dim)*.02)
@@ -183,7 +184,15 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, drop_rate) for _ in range(depth)])
         self.drop = nn.Dropout(drop_rate)
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Sequential(nn.Linear(dim, 128), nn.ReLU(), nn.Linear(128, n_classes))
+        self.reset_classifier(n_classes)
+
+    def reset_classifier(self,
+        num_classes:int  # classes; 0 for no head: the features come out
+    ):
+        "A new head, untrained, on the device and in the precision of the model"
+        check_int('num_classes', num_classes, 0)
+        self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
+        self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(), nn.Linear(128, num_classes)).to(self.cls_token) if num_classes else nn.Identity()
 
 # %% ../nbs/04_vit.ipynb #b058e8c2
 @patch
@@ -238,9 +247,24 @@ def forward_features(self:VisionTransformer,
     return self.encode(self.reduce(t, keep))
 
 @patch
+def forward_head(self:VisionTransformer,
+    x:Tensor,  # (B, D), of `forward_features`
+    pre_logits:bool=False  # give back what the head would read
+)->Tensor:  # (B, n_classes), or (B, D)
+    "What the head makes of the features"
+    return x if pre_logits else self.head(x)
+
+@patch
 def forward(self:VisionTransformer,
     x:Tensor,  # (B, 3, M, M) images
     keep:TopK|Mass|None|list|str='default'  # the budget; None for all tokens, 'default' for `model.keep`
 )->Tensor:  # (B, n_classes); (n, B, n_classes) for a list of n budgets
-    "Logits"
-    return self.head(self.forward_features(x, keep))
+    "Logits, or the features if there is no head"
+    return self.forward_head(self.forward_features(x, keep))
+
+# %% ../nbs/04_vit.ipynb #8ea0e371
+@patch
+def no_weight_decay(self:VisionTransformer
+)->set[str]:  # names of parameters
+    "The class token, learned positions and learned queries: weight decay is for what multiplies, not for what is added"
+    return {n for n, _ in self.named_parameters() if n in ('cls_token', 'pos_embed', 'reduction.queries')}
