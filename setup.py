@@ -13,10 +13,10 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_name'] + '*']),
-    package_data={cfg['lib_name']: ['*.toml', 'presets/*.toml']},
+    package_data={cfg['lib_name']: ['*.toml', 'presets/*.toml', 'weights/*/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'kaggle', 'timm')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'timm', 'hub', 'export', 'kaggle')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

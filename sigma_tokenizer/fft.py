@@ -120,7 +120,7 @@ def forward(self:FFTTokenizer,
 )->Tokens:  # N = (s/p)^2, of the largest side in the batch
     check_images(x, self.proj.weight, size=self.image_size)
     f = log_spectrum(x, shift=self.band == 'low')
-    if self.energy is None: sides = torch.full((len(x),), self.filter_size, device=x.device)
+    if self.energy is None: sides = torch.full((x.shape[0],), self.filter_size, device=x.device)
     else: sides = energy_side(f, self.energy, self.patch_size)
     if torch.compiler.is_exporting(): return self.at_every_side(f, sides)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
@@ -140,11 +140,11 @@ def at_every_side(self:FFTTokenizer,
 )->Tokens:  # N = (M/p)^2, or (s/p)^2 if static
     "The same tokens in a graph whose shapes depend on no image (`torch.export`): all sides are computed, and the image's own is kept"
     if self.training: raise ValueError('export: got a tokenizer in training; accepted: one in evaluation, `model.eval()`')
-    if self.energy is None: return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]), index=self.places(self.filter_size).expand(len(f), -1))
-    out, mask = f.new_zeros(len(f), self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype), torch.zeros(len(f), self.n_tokens, dtype=torch.bool, device=f.device)
+    if self.energy is None: return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]), index=self.places(self.filter_size).expand(f.shape[0], -1))
+    out, mask = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype), torch.zeros(f.shape[0], self.n_tokens, dtype=torch.bool, device=f.device)
     for s in range(self.patch_size, self.image_size + 1, self.patch_size):
         places, own = self.places(s), (sides == s)[:, None]
         tokens = self.in_pieces([crop(f, s).to(out.dtype)])[0]
         out[:, places] = torch.where(own[..., None], tokens, out[:, places])
         mask[:, places] = mask[:, places] | own
-    return Tokens(out, mask, None, torch.arange(self.n_tokens, device=f.device).expand(len(f), -1))
+    return Tokens(out, mask, None, torch.arange(self.n_tokens, device=f.device).expand(f.shape[0], -1))

@@ -100,7 +100,7 @@ class Resampler(nn.Module):
     )->Tokens:  # (B, k, D), in the queries' order
         if isinstance(keep, Mass) or keep == TopK(0): raise ValueError(f'keep: got {keep}; accepted: None or TopK(k), k >= 1, as queries have no gates')
         x = self.norm(t.x)
-        q = self.queries[:None if keep is None else keep.k].expand(len(x), -1, -1)
+        q = self.queries[:None if keep is None else keep.k].expand(x.shape[0], -1, -1)
         return full_tokens(q + self.attn(q, x, x, key_padding_mask=~t.mask if t.padded else None, need_weights=False)[0])
 
 # %% ../nbs/08_reduce.ipynb #0aa993ab

@@ -196,7 +196,7 @@ class SVDTokenizer(nn.Module):
         else: U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         root = S[..., None, :].sqrt()
         pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)
-        index = torch.arange(S.shape[-1], device=x.device).expand(len(x), -1)
+        index = torch.arange(S.shape[-1], device=x.device).expand(x.shape[0], -1)
         real = index < k[:, None]
         if torch.compiler.is_exporting(): return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, index)
         tokens = x.new_zeros(*real.shape, self.embed_dim)

@@ -213,7 +213,7 @@ def encode(self:VisionTransformer,
     t:Tokens  # with positions, as `embed` gives them
 )->Tensor:  # (B, D)
     "The class token's output for these tokens, and no others"
-    cls = (self.cls_token + self.pos_embed[0]).expand(len(t.x), -1, -1)
+    cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
     x = self.drop(torch.cat([cls, t.x], 1))
     mask = packing = None
     if t.padded: mask = F.pad(t.mask, (1, 0), value=True)
