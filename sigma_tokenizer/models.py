@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from typing_extensions import NotRequired, TypedDict
 from .images import patches_per_side
 from .tokens import sinusoidal
@@ -141,7 +141,7 @@ def _save_pretrained(self:SigmaModel, folder):
     folder.mkdir(parents=True, exist_ok=True)
     config = self.config | dict(keep=self.keep and dict(vars(self.keep)), classes=self.classes and list(self.classes), normalize=self.normalize)
     with replaced(folder/'model.safetensors') as weights, replaced(folder/'config.json') as said:
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, weights, dict(format='pt'))
+        weights.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}, dict(format='pt')))
         said.write_text(json.dumps(config, indent=1) + '\n')
 
 # %% ../nbs/10_models.ipynb #2bc5e6fa
