@@ -13,7 +13,7 @@ ini = configparser.ConfigParser(delimiters=['=']); ini.read(root/'settings.ini',
 books = {p.stem: [(c, ''.join(c['source'])) for c in json.loads(p.read_text(encoding='utf-8'))['cells']] for p in sorted((root/'nbs').glob('*.ipynb'))}
 read = lambda name: (root/name).read_text(encoding='utf-8')
 def say(place, what): wrong.append(f'{place}: {what}')
-def prose(text): return re.sub(r'`[^`\n]*`', '', re.sub(r'^( {4}|\t).*$|^(`{3,}).*?^\2.*?$', '', text, flags=re.M | re.S if '```' in text else re.M))
+def prose(text): return re.sub(r'`[^`\n]*`', '', re.sub(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1', '', text, flags=re.M | re.S))
 def caption(cell, text): return cell['cell_type'] == 'markdown' and re.match(r'\*(?![*\s])', text)
 def anchors(text): return {re.sub(r'[^\w -]', '', h.lower()).strip().replace(' ', '-') for h in re.findall(r'^#+ +(.*)$', text, re.M)} | set(re.findall(r'id="([^"]+)"', text))
 

@@ -14,7 +14,7 @@ function Image(el)
 end
 
 local function code(el)
-  if el.text:match('^%d%d_[%w_]+$') and there(el.text .. '.ipynb') then return pandoc.Link({el}, el.text .. '.ipynb') end
+  if el.text:match('^%d%d_[%w_]+$') and there(el.text .. '.ipynb') then return pandoc.Link({el}, el.text .. '.ipynb'), false end
 end
 
 return {
