@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import num_distrib
 from .images import check_int, check_number
 from .files import replaced
 from .select import Mass, TopK, chosen
@@ -38,6 +39,8 @@ def gini_index(
     high_to_low = scores.sort(dim=1, descending=True)[0]
     return ((n + 1 - 2*rank)*high_to_low).sum(1)/(n[:, 0]*scores.sum(1)).clamp(min=1e-12)
 
+def _own(model): return getattr(model, 'module', model)  # where several processes train, `model` is torch's wrapper around it
+
 class GateLoss(Callback):
     "Add a price of the batch's gates to the training loss: `alpha` times their mean, or times 1 - their Gini index"
     def __init__(self,
@@ -48,7 +51,7 @@ class GateLoss(Callback):
         self.alpha, self.price = alpha, price
 
     def before_batch(self):
-        if self.training: self.hook = self.model.tokenizer.register_forward_hook(self._see)
+        if self.training: self.hook = _own(self.model).tokenizer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
         self.hook.remove()  # at once: an interrupted training leaves nothing behind
@@ -90,7 +93,7 @@ class RandomBudget(Callback):
     ): self.schedule = schedule
 
     def before_batch(self):
-        if self.training: self.learn.xb = (*self.xb, self.schedule.draw(self.model.tokenizer.n_tokens))
+        if self.training: self.learn.xb = (*self.xb, self.schedule.draw(_own(self.model).tokenizer.n_tokens))
 
 # %% ../nbs/12_training.ipynb #f3d570c5
 class SelfDistillation(Callback):
@@ -103,7 +106,7 @@ class SelfDistillation(Callback):
         self.schedule, self.weight = schedule, weight
 
     def before_batch(self):
-        if self.training: self.learn.xb = (*self.xb, [None, self.schedule.draw(self.model.tokenizer.n_tokens)])
+        if self.training: self.learn.xb = (*self.xb, [None, self.schedule.draw(_own(self.model).tokenizer.n_tokens)])
 
     def after_pred(self):
         if self.training: self.learn.pred, self.short = self.pred
@@ -208,6 +211,7 @@ class Epochs(Callback):
 
     def load(self, learn, epochs):
         "Go on from the last good checkpoint if there is one; the number of epochs done"
+        if self.path and num_distrib() > 1: raise ValueError(f'path: got {self.path} in one of {num_distrib()} processes; accepted: None, checkpoints are for a single one')
         saved = self.path and _load_checkpoint(checkpoints(self.path))
         if not saved: return 0
         if saved['made_of'] != self.made_of or len(saved['log']) > epochs:

@@ -76,7 +76,7 @@ def attend(
 
 def first_tokens(
     x:Tensor,  # (B, N, D), or (T, D) if packed
-    packing:'Packing|None'=None
+    packing=None  # the `Packing` of a packed `x`
 )->Tensor:  # (B, 1, D), or (B, D) if packed
     "The first token of each sequence"
     return x[:, :1] if packing is None else x[packing.starts[:-1]]
