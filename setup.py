@@ -1,4 +1,5 @@
 "Packaging: everything comes from settings.ini"
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -8,10 +9,18 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
+def readme():
+    "README.md with links that also work away from the repository"
+    def absolute(m): return f"{m[1]}({cfg['git_url']}/{'raw' if m[1].startswith('!') else 'blob'}/{cfg['branch']}/{m[2]})"
+    return re.sub(r'(!?\[[^\]]*\])\((?!https?:|#)([^)]+)\)', absolute, (here/'README.md').read_text(encoding='utf-8'))
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=readme(), long_description_content_type='text/markdown',
+    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'], 'Changelog': cfg['git_url'] + '/blob/' + cfg['branch'] + '/CHANGELOG.md'},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Topic :: Scientific/Engineering :: Image Recognition',
+                 *(f'Programming Language :: Python :: {v}' for v in ('3', '3.11', '3.12', '3.13'))],
     packages=find_packages(include=[cfg['lib_name'] + '*']),
     package_data={cfg['lib_name']: ['*.toml', 'presets/*.toml', 'weights/*/*']},
     python_requires='>=' + cfg['min_python'],
