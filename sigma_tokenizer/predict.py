@@ -7,12 +7,12 @@ __all__ = ['Prediction', 'predict', 'draw_kept', 'predict_files', 'sigma_predict
 
 # %% ../nbs/28_pretrained.ipynb #cc885055
 import math, sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.script import Param, call_parse
 from torch import Tensor
 from .images import imagenet_normalize
 from .select import Mass, TopK
@@ -100,15 +100,17 @@ def predict_files(
         print(f'{file}: {p.label} {p.probability:.2f}, {tokens}, {picture}')
     return bad
 
-@call_parse
 def sigma_predict(
-    images:Param('image files', str, nargs='+'),
-    keep:int=None,  # tokens to keep, those with the highest gates (default: the model's own budget, or all)
-    mass:float=None,  # instead: keep as many as hold this share of the gates' sum
-    model:str='msvd_short_intel64',  # a trained model of the package, a folder of yours, or a name on the Hugging Face Hub
-    out:str='.'  # folder of the pictures
+    args:list[str]=None  # the command line's if None
 ):
     "Say what is in images, from a few of their tokens, and draw which"
-    try: bad = predict_files(images, SigmaModel.from_pretrained(model), _budget(keep, mass), out)
+    parser = ArgumentParser('sigma_predict', description=sigma_predict.__doc__)
+    parser.add_argument('images', nargs='+', help='image files')
+    parser.add_argument('--keep', type=int, help="tokens to keep, those with the highest gates (default: the model's own budget, or all)")
+    parser.add_argument('--mass', type=float, help="instead: keep as many as hold this share of the gates' sum")
+    parser.add_argument('--model', default='msvd_short_intel64', help='a trained model of the package, a folder of yours, or a name on the Hugging Face Hub (default: %(default)s)')
+    parser.add_argument('--out', default='.', help='folder of the pictures (default: the current one)')
+    a = parser.parse_args(args)
+    try: bad = predict_files(a.images, SigmaModel.from_pretrained(a.model), _budget(a.keep, a.mass), a.out)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'sigma_predict: {e}')
-    sys.exit(bad > 0)
+    sys.exit(int(bad > 0))
