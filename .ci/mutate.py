@@ -86,7 +86,7 @@ mutants = {  # tokenizer: [(name, notebook, old source text, new source text, wh
     ('gates not in steps', '02_select', '(scores.double()*2**16).round().clamp(min=1)', 'scores.double()', 'rounding decides among equal tokens'),
     ('lowest gates', '02_select', 'steps.sort(dim=1, descending=True, stable=True)', 'steps.sort(dim=1, stable=True)', 'the least important tokens are kept'),
     ('ties in any order', '02_select', 'return steps.sort(dim=1, descending=True, stable=True)', 'g, at = steps.flip(1).sort(dim=1, descending=True, stable=True); return g, steps.shape[1] - 1 - at', 'of equal gates the last is kept'),
-    ('padding not told', '02_select', 'padded=not bool(mask.all())', 'padded=False', 'attention sees the padding'),
+    ('padding not told', '02_select', 'padded=exporting or not bool(mask.all())', 'padded=False', 'attention sees the padding'),
     ('mean budget off by one', '02_select', 'round(len(mask)*(kept - 1))', 'round(len(mask)*kept)', 'a token too many on average'),
 ],
 'encoder': [
