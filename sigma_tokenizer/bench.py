@@ -43,7 +43,7 @@ def in_turns(
     repeats:int=5,  # rounds
     device:str='cpu'  # a GPU is waited for
 )->dict[str, list[float]]:  # seconds of each round
-    "Time all calls, one after the other, round after round; each runs twice and the second run counts, so that memory and caches are its own"
+    "Time all calls in turn, round after round; each runs twice and the second run counts, so that caches are its own"
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
@@ -82,12 +82,15 @@ def bench_images(
 )->Tensor:  # (n, 3, size, size) in [0, 1]
     "Photographs, always the same ones"
     g = torch.Generator().manual_seed(0)
-    if data: x = torch.from_numpy(load_data(data, size).test.images[torch.randperm(len(load_data(data, size).test), generator=g)[:n].numpy()])
+    if data:
+        test = load_data(data, size).test
+        x = torch.from_numpy(test.images[torch.randperm(len(test), generator=g)[:n].numpy()])
     else:
         set_seed(0); photos = (sample_photos(train_side(size))*255).byte().permute(0, 2, 3, 1)
         x = random_crop([photos[i % 2] for i in range(n)], size)
     return x.permute(0, 3, 1, 2).contiguous().float()/255
 
+# %% ../nbs/18_bench.ipynb #839dcd52
 @torch.no_grad()
 def spread_gates(
     model:VisionTransformer,  # its tokenizer is `Gated`
@@ -106,9 +109,12 @@ def bench_models(
 )->dict[str, tuple[VisionTransformer, bool]]:  # name -> model in evaluation, does it take normalised images?
     "A model of every method"
     sides = [s*size['image_size']//256 for s in (64, 128, 256)]
-    methods = [*((name, name, {}) for name in ('vit', 'vit_conv', 'msvd', 'msvd_gated')), *((f'fft s={s}', 'fft', dict(filter_size=s)) for s in sides), ('fft p=0.95', 'fft', dict(energy=.95)),
-               *((f'svd p={p:.2f} squared', 'svd', dict(energy=p)) for p in (.9, .95, .99)), ('svd p=0.90 linear', 'svd', dict(energy=.9, criterion='linear'))]
-    methods += [('msvd_gated, rest token', 'msvd_gated', dict(reduction='rest')), ('vit_conv_gated, rest token', 'vit_conv_gated', dict(reduction='rest'))]
+    methods = [*((name, name, {}) for name in ('vit', 'vit_conv', 'msvd', 'msvd_gated')),
+               *((f'fft s={s}', 'fft', dict(filter_size=s)) for s in sides), ('fft p=0.95', 'fft', dict(energy=.95)),
+               *((f'svd p={p:.2f} squared', 'svd', dict(energy=p)) for p in (.9, .95, .99)),
+               ('svd p=0.90 linear', 'svd', dict(energy=.9, criterion='linear'))]
+    methods += [('msvd_gated, rest token', 'msvd_gated', dict(reduction='rest')),
+                ('vit_conv_gated, rest token', 'vit_conv_gated', dict(reduction='rest'))]
     models = {label: (create_model(name, **size, **kw).eval().to(device), name != 'fft') for label, name, kw in methods}
     for label in models:
         if '_gated' in label: spread_gates(models[label][0], imagenet_normalize(images.to(device)))
@@ -141,31 +147,37 @@ def bench_methods(
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device: the batch
     device:str='cpu',
     repeats:int=5
-)->list[dict]:  # method, kept, batch_size, tokens (mean length with the class token), shortest, longest, tokenizer_ms, encoder_ms, whole_ms, whole_rounds_ms, images_per_s, gflop (an image), peak_mib
+)->list[dict]:  # a row for each method and budget, with the fields named above
     "One batch through every method at every budget"
     calls, rows = {}, []
     for name, (model, normalize) in models.items():
         x = imagenet_normalize(images) if normalize else images
         tokens = model.embed(x)
         for kept, keep in (budgets(model, x) if tokens.scores is not None else {'all': None}).items():
-            parts = dict(tokenizer=lambda m=model, x=x: m.embed(x), encoder=lambda m=model, t=tokens, k=keep: m.head(m.encode(m.reduce(t, k))),
+            parts = dict(tokenizer=lambda m=model, x=x: m.embed(x),
+                         encoder=lambda m=model, t=tokens, k=keep: m.head(m.encode(m.reduce(t, k))),
                          whole=lambda m=model, x=x, k=keep: m(x, k))
             short = model.reduce(tokens, keep)
             rows.append(_row(name, kept, short.lengths, parts, device))
             if kept == 'mass 0.5' and short.padded: rows.append(_row(name, 'mass 0.5, padded', short.lengths, parts | dict(
-                encoder=lambda m=model, t=tokens, k=keep: encode_padded(m, m.reduce(t, k)), whole=lambda m=model, x=x, k=keep: encode_padded(m, m.reduce(m.embed(x), k))), device))
+                encoder=lambda m=model, t=tokens, k=keep: encode_padded(m, m.reduce(t, k)),
+                whole=lambda m=model, x=x, k=keep: encode_padded(m, m.reduce(m.embed(x), k))), device))
     for i, row in enumerate(rows): calls |= {(i, part): call for part, call in row.pop('parts').items()}
     seconds = in_turns(calls, repeats, device)
     for i, row in enumerate(rows):
         row |= {f'{part}_ms': median_ms(seconds[i, part]) for part in ('tokenizer', 'encoder', 'whole')}
-        row |= dict(whole_rounds_ms=[median_ms(s) for s in seconds[i, 'whole']], images_per_s=round(len(images)/row['whole_ms']*1e3, 2))
+        row |= dict(whole_rounds_ms=[median_ms(s) for s in seconds[i, 'whole']],
+                    images_per_s=round(len(images)/row['whole_ms']*1e3, 2))
     return rows
 
 # %% ../nbs/18_bench.ipynb #93de2952
 def _row(method, kept, lengths, parts, device):
     n = len(lengths)
-    return dict(method=method, kept=kept, batch_size=n, tokens=round(lengths.double().mean().item() + 1, 2), shortest=lengths.min().item() + 1, longest=lengths.max().item() + 1,
-                gflop=round(count_flops(parts['whole'])/n/1e9, 5), tokenizer_gflop=round(count_flops(parts['tokenizer'])/n/1e9, 5), peak_mib=round(peak_memory(parts['whole'], device)/2**20, 2), parts=parts)
+    return dict(method=method, kept=kept, batch_size=n, tokens=round(lengths.double().mean().item() + 1, 2),
+                shortest=lengths.min().item() + 1, longest=lengths.max().item() + 1,
+                gflop=round(count_flops(parts['whole'])/n/1e9, 5),
+                tokenizer_gflop=round(count_flops(parts['tokenizer'])/n/1e9, 5),
+                peak_mib=round(peak_memory(parts['whole'], device)/2**20, 2), parts=parts)
 
 # %% ../nbs/18_bench.ipynb #18e862ab
 def timm_vit(
@@ -174,8 +186,10 @@ def timm_vit(
     "timm's ViT of the same size"
     try: from timm.models import VisionTransformer as ViT
     except ImportError: return None
-    return ViT(size['image_size'], size['patch_size'], num_classes=6, embed_dim=size['embed_dim'], depth=size['depth'], num_heads=size['num_heads']).eval()
+    return ViT(size['image_size'], size['patch_size'], num_classes=6, embed_dim=size['embed_dim'], depth=size['depth'],
+               num_heads=size['num_heads']).eval()
 
+# %% ../nbs/18_bench.ipynb #25c1cd86
 def bench_encoders(
     models:dict,  # `bench_models`
     size:dict,  # arguments of `create_model`
@@ -192,19 +206,25 @@ def bench_encoders(
     plain, k = plain_encoder(vit).to(device), N//4
     zeros = torch.cat([withclass[:, :1], zero_padded(g, TopK(k)(g.scores, g.mask))], 1)
     calls = {'ours': (N, lambda: vit.encode(t)), 'separate heads': (N, lambda: vit.norm(plain(withclass))[:, 0]),
-             f'ours, k={k}': (k, lambda: gated.encode(gated.reduce(g, TopK(k)))), f'separate heads, k={k}, zeros for the rest': (N, lambda: vit.norm(plain(zeros))[:, 0])}
+             f'ours, k={k}': (k, lambda: gated.encode(gated.reduce(g, TopK(k)))),
+             f'separate heads, k={k}, zeros for the rest': (N, lambda: vit.norm(plain(zeros))[:, 0])}
     if timm is not None: timm.to(device); calls['timm'] = N, lambda: timm.norm(timm.blocks(withclass))[:, 0]
     calls['matrix products alone'] = N, lambda: _products(vit, withclass)
-    for r in (N//32, N//16): calls[f'token merging, r={r}'] = N - r*depth, lambda r=r: vit.norm(tome_encoder(vit, withclass, r))[:, 0]
+    for r in (N//32, N//16):
+        calls[f'token merging, r={r}'] = N - r*depth, lambda r=r: vit.norm(tome_encoder(vit, withclass, r))[:, 0]
     seconds = in_turns({name: call for name, (_, call) in calls.items()}, repeats, device)
-    return [dict(encoder=name, batch_size=len(x), tokens=n + 1, ms=median_ms(seconds[name]), rounds_ms=[median_ms(s) for s in seconds[name]], gflop=round(count_flops(call)/len(x)/1e9, 5)) for name, (n, call) in calls.items()]
+    return [dict(encoder=name, batch_size=len(x), tokens=n + 1, ms=median_ms(seconds[name]),
+                 rounds_ms=[median_ms(s) for s in seconds[name]], gflop=round(count_flops(call)/len(x)/1e9, 5))
+                for name, (n, call) in calls.items()]
+
+# %% ../nbs/18_bench.ipynb #c42515e1
 def _products(model, x):
     "The linear layers of our encoder, each with an input of the right size"
     for b in model.blocks:
         few, weight = (x[:, :1], b.attn.qkv.weight[x.shape[-1]:]) if b is model.blocks[-1] else (x, b.attn.qkv.weight)
         F.linear(x, weight); b.attn.proj(few); b.mlp[-1](b.mlp[0](few))
 
-# %% ../nbs/18_bench.ipynb #839dcd52
+# %% ../nbs/18_bench.ipynb #142e8820
 @torch.no_grad()
 def bench_svd(
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the device
@@ -223,12 +243,14 @@ def bench_svd(
     for r in rows: r |= {f'{who}_ms': median_ms(seconds[r['criterion'], r['p'], who]) for who in ('ours', 'loop')}
     return rows
 
+# %% ../nbs/18_bench.ipynb #643d8114
 def check_ranks(
     images,  # (n, M, M, 3) uint8
     device:str='cpu'
-)->list[dict]:  # criterion, p, images, differ, differ_clearly (no float64 share within 1e-5 of p), mean_rank, certified (images by width of the block)
+)->list[dict]:  # criterion, p, images, differ, differ_clearly (no share within 1e-5 of p), mean_rank, certified (by block width)
     "Ranks of the tokenizer against those of a decomposition in float64"
-    ranks, held = {('squared', .9): [], ('squared', .95): [], ('squared', .99): [], ('linear', .9): []}, {'squared': [], 'linear': []}
+    ranks = {('squared', .9): [], ('squared', .95): [], ('squared', .99): [], ('linear', .9): []}
+    held = {'squared': [], 'linear': []}
     blocks = {images.shape[1]//part: {p: [] for p in (.9, .95, .99)} for part in (8, 4)}
     for part in np.array_split(images, max(1, len(images)//50)):
         x = imagenet_normalize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float()/255)
@@ -243,8 +265,11 @@ def check_ranks(
     for (criterion, p), ks in ranks.items():
         share, k = torch.cat(held[criterion]), torch.cat(ks)
         wrong = k != (share < p).sum(1) + 1
-        rows.append(dict(criterion=criterion, p=p, images=len(k), differ=wrong.sum().item(), differ_clearly=(wrong & ((share - p).abs().amin(1) > 1e-5)).sum().item(), mean_rank=round(k.double().mean().item(), 2),
-                         certified={q: torch.cat(found[p]).sum().item() for q, found in blocks.items()} if criterion == 'squared' else {}))
+        rows.append(dict(criterion=criterion, p=p, images=len(k), differ=wrong.sum().item(),
+                         differ_clearly=(wrong & ((share - p).abs().amin(1) > 1e-5)).sum().item(),
+                         mean_rank=round(k.double().mean().item(), 2),
+                         certified={q: torch.cat(found[p]).sum().item() for q, found in blocks.items()
+                                    if criterion == 'squared'}))
     return rows
 
 # %% ../nbs/18_bench.ipynb #1838040b
@@ -255,11 +280,13 @@ class PILFolder(Dataset):
         size:int  # side M of the crop, in pixels
     ):
         self.files, side = files, train_side(size)
-        self.transform = transforms.Compose([transforms.Resize((side, side)), transforms.RandomCrop(size), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        self.transform = transforms.Compose([transforms.Resize((side, side)), transforms.RandomCrop(size),
+                                             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                              transforms.Normalize([.485, .456, .406], [.229, .224, .225])])
     def __len__(self): return len(self.files)
     def __getitem__(self, i): return self.transform(Image.open(self.files[i]).convert('RGB'))
 
+# %% ../nbs/18_bench.ipynb #4d313749
 def bench_data(
     data:str,  # 'intel', or the path of a folder
     size:int,  # side M of the images, in pixels
@@ -268,16 +295,20 @@ def bench_data(
     repeats:int=3,
     n:int=1024  # images a round
 )->dict:  # image_size, batch_size, processes; ours, usual (one process), usual_parallel: images/s
-    "Images a second of our training loader, and of the usual path, all after a first epoch: files and decoded images in the system's cache"
+    "Images a second of our training loader and of the usual path, after a first epoch: files and images in the system's cache"
     loader = image_loaders(load_data(data, size), bs, device=device).train
     loader.images.view(-1)[::4096].sum()
     batches = (b for _ in count() for b in loader)
-    files = list_images(find_splits(data)[0])[0]; some = PILFolder([files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:n]], size)
+    files = list_images(find_splits(data)[0])[0]
+    some = PILFolder([files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:n]], size)
     processes = torch.get_num_threads()
-    usual = {name: DataLoader(some, bs, num_workers=w, persistent_workers=w > 0) for name, w in (('usual', 0), ('usual_parallel', processes))}
+    usual = {name: DataLoader(some, bs, num_workers=w, persistent_workers=w > 0)
+             for name, w in (('usual', 0), ('usual_parallel', processes))}
     calls = {name: lambda dl=dl: sum(len(x.to(device)) for x in dl) for name, dl in usual.items()}
     seconds = in_turns(dict(ours=lambda: sum(len(next(batches)[0]) for _ in range(n//bs))) | calls, repeats, device)
-    return dict(image_size=size, batch_size=bs, processes=processes) | {name: round((n//bs*bs if name == 'ours' else len(some))/float(np.median(s)), 1) for name, s in seconds.items()}
+    images = {name: n//bs*bs if name == 'ours' else len(some) for name in seconds}
+    rates = {name: round(images[name]/float(np.median(s)), 1) for name, s in seconds.items()}
+    return dict(image_size=size, batch_size=bs, processes=processes) | rates
 
 # %% ../nbs/18_bench.ipynb #fed676e3
 def bench_training(
@@ -291,28 +322,33 @@ def bench_training(
     "One training step"
     x, y = imagenet_normalize(images), torch.arange(len(images), device=device) % 6
     rows, calls = [], {}
-    for method, keep in [('vit', None), ('msvd_gated', None), ('msvd_gated', TopK((size['image_size']//size['patch_size'])**2//4))]:
+    for method, keep in [('vit', None), ('msvd_gated', None),
+                         ('msvd_gated', TopK((size['image_size']//size['patch_size'])**2//4))]:
         model = create_model(method, **size).to(device); opt = torch.optim.AdamW(model.parameters(), 1e-4)
         for part in model.modules():
             if compiled and isinstance(part, (Block, ConvStem)): part.compile()
         def step(model=model, opt=opt, keep=keep):
             with autocast(device, precision): loss = F.cross_entropy(model(x, keep), y)
             loss.backward(); opt.step(); opt.zero_grad()
-        rows.append(dict(method=method, kept='all' if keep is None else f'k={keep.k}', batch_size=len(x), compiled=compiled)); calls[len(calls)] = step
-    for r, seconds in zip(rows, in_turns(calls, repeats, device).values()): r |= dict(ms=median_ms(seconds), images_per_s=round(len(x)/float(np.median(seconds)), 2))
+        rows.append(dict(method=method, kept='all' if keep is None else f'k={keep.k}', batch_size=len(x), compiled=compiled))
+        calls[len(calls)] = step
+    for r, seconds in zip(rows, in_turns(calls, repeats, device).values()):
+        r |= dict(ms=median_ms(seconds), images_per_s=round(len(x)/float(np.median(seconds)), 2))
     return rows
 
 # %% ../nbs/18_bench.ipynb #511e8976
 def processor()->str:
     "The name of the processor, or of its architecture where the system does not tell"
     info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.machine()
 
+# %% ../nbs/18_bench.ipynb #7c8ff379
 @call_parse
 def sigma_bench(
     preset:str='small',  # whose size to measure: a preset of `sigma_reproduce`
-    data:str=None,  # 'intel' or the path of a folder, for real images, the data path and the ranks; without it crops of two sample photographs
+    data:str=None,  # 'intel' or a folder, for real images, the data path and the ranks; else crops of two sample photographs
     device:str='cpu',  # 'cpu' or 'cuda'
     precision:str='float32',  # 'float32' or 'bfloat16'
     batches:str='1,8,64',  # sizes of the batches, comma-separated
@@ -328,12 +364,17 @@ def sigma_bench(
     images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
     models = {name: m for name, m in bench_models(size, images[:8], device).items() if name.startswith(methods or '')}
     if not models: raise ValueError(f'methods: got {methods!r}; accepted: the beginning of a method\'s name, such as msvd')
-    result = dict(preset=preset, precision=precision, model=size, images=data and Path(data).name or 'sample photographs', processor=processor(), repeats=repeats, **provenance(device))
+    result = dict(preset=preset, precision=precision, model=size, images=data and Path(data).name or 'sample photographs',
+                  processor=processor(), repeats=repeats, **provenance(device))
     if find_spec('timm'): result['versions']['timm'] = metadata.version('timm')
     else: print("timm is not installed, so its ViT is left out: pip install 'sigma_tokenizer[timm]'")
-    with torch.no_grad(), autocast(device, precision):  # one context for all calls, as a loop over a test set has it: weights are cast once
-        result['methods'] = [row for b in sizes for row in bench_methods(models, images[:b], device, repeats)]; _say(result['methods'])
-        if methods is None: result['encoders'] = [row for b in sizes for row in bench_encoders(models, size, images[:b], device, repeats)]; _say(result['encoders'])
+    # one context for all calls, as a loop over a test set has it: weights are cast once
+    with torch.no_grad(), autocast(device, precision):
+        result['methods'] = [row for b in sizes for row in bench_methods(models, images[:b], device, repeats)]
+        _say(result['methods'])
+        if methods is None:
+            result['encoders'] = [row for b in sizes for row in bench_encoders(models, size, images[:b], device, repeats)]
+            _say(result['encoders'])
     del models
     if methods is None: _others(result, size, images, sizes, data, device, compiled, settings['train']['batch_size'])
     path = Path(out)/f'{Path(preset).stem}-{torch.device(device).type}-{precision}{"" if methods is None else "-" + methods}.json'
@@ -341,9 +382,12 @@ def sigma_bench(
     with replaced(path) as new: new.write_text(json.dumps(result, indent=1) + '\n')
     print(path)
 
+# %% ../nbs/18_bench.ipynb #a8736333
 def _others(result, size, images, sizes, data, device, compiled, bs):
     "What has no part in the methods' table: training, decomposition, ranks and loader"
-    result['training'] = [row for b in sizes if b > 1 for row in bench_training(size, images[:b], result['precision'], compiled, device, result['repeats'])]; _say(result['training'])
+    result['training'] = [row for b in sizes if b > 1 for row in bench_training(size, images[:b], result['precision'], compiled,
+                                                                                device, result['repeats'])]
+    _say(result['training'])
     result['svd'] = bench_svd(images[:32], size['embed_dim'], device, result['repeats']); _say(result['svd'])
     if data:
         result['ranks'] = check_ranks(load_data(data, size['image_size']).test.images, device); _say(result['ranks'])

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from .results import load_predictions, load_results, reported, result_path, result_table
 
 # %% ../nbs/16_compare.ipynb #3b43fcc5
@@ -35,32 +35,40 @@ def paired(
     out:str|Path,  # a folder of results
     a:str,  # a row's name
     b:str  # another's
-)->dict:  # a, b, difference in accuracy (A - B), its 95% interval low and high, by_seed, and p of McNemar's test for the first seed
+)->dict:  # a, b, difference in accuracy (A - B), its 95% interval low and high, by_seed, p of McNemar's test for the first seed
     "Is A better than B on the same images?  Averaged over the seeds that both have"
     A, B = row_predictions(out, a), row_predictions(out, b)
-    if any(not np.array_equal(x['labels'], y['labels']) for x in A.values() for y in B.values()): raise ValueError(f'rows: {a!r} and {b!r} were evaluated on other images; accepted: rows of the same test split')
-    if not (seeds := sorted(set(A) & set(B))): raise ValueError(f'rows: {a!r} has seeds {list(A)}, {b!r} {list(B)}; accepted: rows with a seed in common')
+    if any(not np.array_equal(x['labels'], y['labels']) for x in A.values() for y in B.values()):
+        raise ValueError(f'rows: {a!r} and {b!r} were evaluated on other images; accepted: rows of the same test split')
+    if not (seeds := sorted(set(A) & set(B))):
+        raise ValueError(f'rows: {a!r} has seeds {list(A)}, {b!r} {list(B)}; accepted: rows with a seed in common')
     right = lambda rows: np.stack([rows[s]['preds'] == rows[s]['labels'] for s in seeds])
     ra, rb = right(A), right(B)
     gain = (ra.mean(0) - rb.mean(0))
-    low, high = bootstrap((gain,), np.mean, n_resamples=2000, batch=100, method='percentile', rng=0).confidence_interval if gain.std() else (gain[0], gain[0])
+    low = high = gain[0]
+    if gain.std():
+        low, high = bootstrap((gain,), np.mean, n_resamples=2000, batch=100, method='percentile', rng=0).confidence_interval
     only_a, only_b = int((ra[0] & ~rb[0]).sum()), int((rb[0] & ~ra[0]).sum())
-    return dict(a=a, b=b, difference=gain.mean(), low=low, high=high, by_seed=[round(float(d), 3) for d in ra.mean(1) - rb.mean(1)],
+    return dict(a=a, b=b, difference=gain.mean(), low=low, high=high,
+                by_seed=[round(float(d), 3) for d in ra.mean(1) - rb.mean(1)],
                 p=binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.)
 
+# %% ../nbs/16_compare.ipynb #115ad3f2
 def paired_lines(
     tests:list[dict]  # of `paired`
 )->list[str]:  # Markdown
     "The tests as a table"
     p = lambda v: f'{v:.2f}' if v >= .01 else f'{v:.0e}'
+    d = lambda v: f'{v:+.3f}'.replace('-', '\u2212')  # a hyphen may end a line
     return ['| A | B | A - B | 95% interval | of each seed | McNemar p, first seed |', '|---|---|---:|---:|---|---:|',
-            *[f'| {t["a"]} | {t["b"]} | {t["difference"]:+.3f} | {t["low"]:+.3f} to {t["high"]:+.3f} | {", ".join(f"{d:+.3f}" for d in t["by_seed"])} | {p(t["p"])} |' for t in tests]]
+            *[f'| {t["a"]} | {t["b"]} | {d(t["difference"])} | {d(t["low"])}\u00a0to\u00a0{d(t["high"])} | '
+              f'{", ".join(map(d, t["by_seed"]))} | {p(t["p"])} |' for t in tests]]
 
 # %% ../nbs/16_compare.ipynb #880d7d7c
 def comparison(
     results:str|Path='results',  # the folder with a folder for each preset
     scales:tuple=('paper', 'small')  # presets
-)->pd.DataFrame:  # indexed by row, in the order of `experiments.toml`; columns (scale, accuracy | f1 | length), and (scale, spread | seeds | setting) for ours
+)->pd.DataFrame:  # by row; columns (scale, accuracy | f1 | length), and (scale, spread | seeds | setting) for ours
     "Every row at every scale, NaN where there is no figure"
     tables = {'reported': reported()[['accuracy', 'f1', 'length']]}
     for scale in scales:
@@ -72,6 +80,7 @@ _scales = {  # label, colour, marker
     'reported': ('reported (256 pixels, ViT-B)', 'black', 'o'), 'paper': ('ours, paper scale', '#0072B2', 's'),
     'small': ('ours, small scale', '#D55E00', 'D'), 'small_half': ('ours, small scale, half as long', '#E69F00', 'v')}
 
+# %% ../nbs/16_compare.ipynb #60d2f484
 def comparison_lines(
     table:pd.DataFrame  # `comparison`, or some rows of it
 )->list[str]:  # Markdown
@@ -81,11 +90,13 @@ def comparison_lines(
         if math.isnan(r.accuracy): return '-'
         spread = f' ± {r.spread:.3f}' if r.get('seeds', 1) > 1 else ''
         digits = 2 if scale == 'reported' else 3
-        figures = [f'{r.accuracy:.{digits}f}{spread}', '-' if math.isnan(r.f1) else f'{r.f1:.{digits}f}', '-' if math.isnan(r.length) else f'{r.length:.1f}']
+        figures = [f'{r.accuracy:.{digits}f}{spread}', '-' if math.isnan(r.f1) else f'{r.f1:.{digits}f}',
+                   '-' if math.isnan(r.length) else f'{r.length:.1f}']
         return ' / '.join(figures) + (f' ({r.setting})' if r.get('setting') else '')
     return ['| row | ' + ' | '.join(_scales[s][0] for s in scales) + ' |', '|---|' + '---|'*len(scales),
             *[f'| {row} | ' + ' | '.join(cell(table.loc[row, s], s) for s in scales) + ' |' for row in table.index]]
 
+# %% ../nbs/16_compare.ipynb #bd243e8a
 def plot_rows(
     table:pd.DataFrame  # some rows of `comparison`
 )->plt.Figure:
@@ -94,8 +105,10 @@ def plot_rows(
     y = np.arange(len(table))[::-1]
     for scale, (label, colour, marker) in _scales.items():
         if scale in table and table[scale].accuracy.notna().any():
-            ax.errorbar(table[scale].accuracy, y, xerr=table[scale].get('spread'), color=colour, marker=marker, ls='none', ms=6, mfc='none' if scale == 'reported' else colour, label=label)
-    ax.set(yticks=y, yticklabels=table.index, ylim=(-.7, len(table) - .3), xlabel='accuracy', xlim=(0, 1)); ax.grid(axis='x', alpha=.3)
+            ax.errorbar(table[scale].accuracy, y, xerr=table[scale].get('spread'), color=colour, marker=marker, ls='none', ms=6,
+                        mfc='none' if scale == 'reported' else colour, label=label)
+    ax.set(yticks=y, yticklabels=table.index, ylim=(-.7, len(table) - .3), xlabel='accuracy', xlim=(0, 1))
+    ax.grid(axis='x', alpha=.3)
     ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return fig
 
@@ -106,27 +119,35 @@ def plot_lengths(
     longest:int  # the longest length there can be, class token included
 )->plt.Figure:
     "How many tokens each image gets, and whether the long ones fare differently"
-    fig, axes = plt.subplots(1, len(rows), figsize=(2.6*len(rows), 2.4), sharey=True, squeeze=False, layout='constrained', dpi=80)
+    fig, axes = plt.subplots(1, len(rows), figsize=(1.9*len(rows) + .5, 2.3), sharey=True, squeeze=False, layout='constrained', dpi=80)
     for ax, row in zip(axes[0], rows):
         p = next(iter(row_predictions(out, row).values())); right = p['preds'] == p['labels']
-        bins = np.linspace(.5, longest + .5, 1 + min(longest, 33))
-        ax.hist([p['lengths'][right], p['lengths'][~right]], bins, stacked=True, color=['#0072B2', '#D55E00'], label=['right', 'wrong'])
-        ax.axvline(p['lengths'].mean(), color='black', lw=1, ls=':'); ax.set_title(row, fontsize=9); ax.set_xlabel('tokens, class token included')
+        width = -(-longest//33)  # whole numbers of tokens, or bins would hold unlike many
+        bins = np.arange(.5, longest + width + .5, width)
+        ax.hist([p['lengths'][right], p['lengths'][~right]], bins, stacked=True, color=['#0072B2', '#D55E00'],
+                label=['right', 'wrong'])
+        ax.axvline(p['lengths'].mean(), color='black', lw=1, ls=':')
+        ax.set_title(row, fontsize=9)
+    fig.supxlabel('tokens of an image, class token included', fontsize=10)
     axes[0, 0].set_ylabel('test images'); axes[0, 0].legend(fontsize=8)
     return fig
 
+# %% ../nbs/16_compare.ipynb #b0bf27ab
 def plot_confusion(
     out:str|Path,  # a folder of results
     rows:list[str]
 )->plt.Figure:
-    "Shares of each true class (lines) that are called each class (columns), first seed"
-    fig, axes = plt.subplots(1, len(rows), figsize=(3.6*len(rows), 3.4), squeeze=False, layout='constrained', dpi=80)
+    "Of each true class (lines), the percentage that is called each class (columns), first seed"
+    fig, axes = plt.subplots(1, len(rows), figsize=(1.9*len(rows) + .8, 2.9), squeeze=False, layout='constrained', dpi=80)
     classes = next(r['data']['classes'] for r in load_results(out) if rows[0] in [x['row'] for x in r['rows']])
     for ax, row in zip(axes[0], rows):
         p = next(iter(row_predictions(out, row).values()))
-        ConfusionMatrixDisplay.from_predictions(p['labels'], p['preds'], display_labels=classes, normalize='true', values_format='.2f', cmap='Blues', colorbar=False,
-                                                ax=ax, xticks_rotation=60, text_kw=dict(fontsize=7))
-        ax.set_title(row, fontsize=9); ax.label_outer()
+        percent = 100*confusion_matrix(p['labels'], p['preds'], normalize='true')
+        shown = ConfusionMatrixDisplay(percent, display_labels=classes)
+        shown.plot(values_format='.0f', cmap='Blues', colorbar=False, ax=ax, xticks_rotation='vertical',
+                   text_kw=dict(fontsize=9), im_kw=dict(vmin=0, vmax=100))
+        ax.set(xlabel='', ylabel=''); ax.set_title(row.replace(' (', '\n('), fontsize=9); ax.label_outer()
+    fig.supxlabel('its answer', fontsize=10); axes[0, 0].set_ylabel('true class')
     return fig
 
 # %% ../nbs/16_compare.ipynb #9fe65c8a
@@ -139,8 +160,10 @@ def show_wrong(
 )->plt.Figure:
     "Every so-manyth of the images that the row's first seed gets wrong: its answer, then the label"
     p = next(iter(row_predictions(out, row).values()))
-    if len(images) != len(p['labels']): raise ValueError(f'images: got {len(images)}; accepted: the {len(p["labels"])} that {row} was evaluated on')
-    wrong = np.flatnonzero(p['preds'] != p['labels']); some = wrong[np.linspace(0, len(wrong) - 1, min(n, len(wrong))).astype(int)]
+    if len(images) != len(p['labels']):
+        raise ValueError(f'images: got {len(images)}; accepted: the {len(p["labels"])} that {row} was evaluated on')
+    wrong = np.flatnonzero(p['preds'] != p['labels'])
+    some = wrong[np.linspace(0, len(wrong) - 1, min(n, len(wrong))).astype(int)]
     fig, axes = plt.subplots(1, len(some), figsize=(1.2*len(some), 1.5), squeeze=False, layout='constrained', dpi=80)
     for ax, i in zip(axes[0], some):
         ax.imshow(images[i]); ax.axis('off'); ax.set_title(f'{classes[p["preds"][i]]}\n({classes[p["labels"][i]]})', fontsize=7)

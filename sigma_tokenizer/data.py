@@ -70,8 +70,10 @@ def digits_data(
     big = big.movedim(1, -1).repeat(1, 1, 1, 3).numpy()
     train, test = train_test_split(np.arange(len(y)), test_size=.2, stratify=y, random_state=0)
     pad = image_size//16
-    return ImageData('digits', [str(i) for i in range(10)], Split(np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0))), y[train]),
-                     Split(big[test], y[test]), hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False, bordered=True)
+    return ImageData('digits', [str(i) for i in range(10)],
+                     Split(np.pad(big[train], ((0, 0), (pad, pad), (pad, pad), (0, 0))), y[train]),
+                     Split(big[test], y[test]), hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16], flip=False,
+                     bordered=True)
 
 # %% ../nbs/11_data.ipynb #dbfa024f
 _splits = [('seg_train', 'seg_test'), ('train', 'test'), ('train', 'valid'), ('train', 'val')]
@@ -91,23 +93,29 @@ def find_splits(
 )->tuple[Path, Path]:  # the folders of the training and the test split, with a folder for each class inside
     "Where the splits of a folder are"
     path = Path(path).expanduser()
-    if not os.path.isdir(path): raise FileNotFoundError(f'data: no folder {path}; accepted: a folder that holds {_splits[0][0]}/ and {_splits[0][1]}/, '
-                                                        'or train/ and test/ (or valid/, val/), each with a folder for every class')
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f'data: no folder {path}; accepted: a folder that holds {_splits[0][0]}/ and {_splits[0][1]}/, '
+                                'or train/ and test/ (or valid/, val/), each with a folder for every class')
     for names in _splits:
         found = [path/n for n in names]
-        if all(map(os.path.isdir, found)): return tuple(p/p.name if [d.name for d in _subdirs(p)] == [p.name] else p for p in found)
+        if all(map(os.path.isdir, found)):
+            return tuple(p/p.name if [d.name for d in _subdirs(p)] == [p.name] else p for p in found)
     have = ', '.join(p.name + '/' for p in _subdirs(path)) or 'no folders'
     raise FileNotFoundError(f'data: {path} holds {have}; accepted: ' + ' or '.join(f'{a}/ and {b}/' for a, b in _splits))
 
+# %% ../nbs/11_data.ipynb #93928119
 def list_images(
     split:Path  # a folder with a folder for each class inside
 )->tuple[list[Path], np.ndarray, list[str]]:  # files, labels, class names
     "What lies in the class folders of one split, sorted, without opening it"
     dirs = sorted(_subdirs(split), key=_class)
     if not dirs: raise ValueError(f'data: {split} holds no class folders')
-    if len({*map(_class, dirs)}) < len(dirs): raise ValueError(f'data: {split} holds two class folders of one name, spelt in two ways: {", ".join(map(ascii, (d.name for d in dirs)))}')
+    if len({*map(_class, dirs)}) < len(dirs):
+        raise ValueError(f'data: {split} holds two class folders of one name, spelt in two ways: '
+                         f'{", ".join(map(ascii, (d.name for d in dirs)))}')
     files = [_listed(d) for d in dirs]
-    if empty := [str(d) for d, fs in zip(dirs, files) if not fs]: raise ValueError(f'data: no images in {", ".join(empty)}; accepted: at least one for every class')
+    if empty := [str(d) for d, fs in zip(dirs, files) if not fs]:
+        raise ValueError(f'data: no images in {", ".join(empty)}; accepted: at least one for every class')
     return sum(files, []), np.repeat(np.arange(len(dirs)), [len(fs) for fs in files]), [_class(d) for d in dirs]
 
 # %% ../nbs/11_data.ipynb #fcc21921
@@ -131,7 +139,8 @@ def decode(
             if im.format == 'PNG':
                 with Image.open(file, formats=['PNG']) as again: again.verify()  # its checksums, which decoding does not look at
             im = _rgb(ImageOps.exif_transpose(im))
-            return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
+            digest = hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
+            return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), digest
     except UnidentifiedImageError: return f'no image; accepted: {", ".join(_formats)}'
     except Exception as e: return f'{type(e).__name__}: {e}'.replace(str(file), file.name)
 
@@ -139,7 +148,8 @@ def _rgb(im):
     "The image with 8 bits a channel"
     if im.mode[0] not in 'IF': return im.convert('RGB')
     x = np.asarray(im)
-    if im.mode == 'F' or x.min() < 0 or x.max() >= 2**16: raise ValueError(f'32-bit pixels, from {x.min()} to {x.max()}; accepted: 8 or 16 bits a channel')
+    if im.mode == 'F' or x.min() < 0 or x.max() >= 2**16:
+        raise ValueError(f'32-bit pixels, from {x.min()} to {x.max()}; accepted: 8 or 16 bits a channel')
     return Image.fromarray((x >> 8).astype(np.uint8)).convert('RGB')
 
 # %% ../nbs/11_data.ipynb #95f8d6ef
@@ -161,6 +171,7 @@ def _stats(file):
     except OSError: return None
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns  # the last changes with the permissions too, and cannot be set back
 
+# %% ../nbs/11_data.ipynb #2e02c2b4
 def cached_images(
     root:Path,  # the data set's folder, which paths are relative to
     files:list[Path],
@@ -174,12 +185,15 @@ def cached_images(
     if stop and meta['left_out']: raise ValueError(f'data: {": ".join(meta["left_out"][0])}')
     return images, meta
 
+# %% ../nbs/11_data.ipynb #0192ccee
 def _load_cache(cache, side):
     meta, images = read_json(cache/'meta.json', _Meta), np.load(cache/'images.npy', mmap_mode='c', allow_pickle=False)
-    if images.shape != (len(meta['kept']), side, side, 3) or images.dtype != np.uint8 or _with_fields(zlib.crc32(images), meta) != meta['crc']: raise ValueError('it is not what was written')
+    whole = images.shape == (len(meta['kept']), side, side, 3) and images.dtype == np.uint8
+    if not whole or _with_fields(zlib.crc32(images), meta) != meta['crc']: raise ValueError('it is not what was written')
     return images, meta
 
-def _with_fields(crc, meta): return zlib.crc32(json.dumps([meta[k] for k in ('version', 'kept', 'left_out', 'pixels', 'digest')]).encode(), crc)
+def _with_fields(crc, meta):
+    return zlib.crc32(json.dumps([meta[k] for k in ('version', 'kept', 'left_out', 'pixels', 'digest')]).encode(), crc)
 
 # %% ../nbs/11_data.ipynb #7f90ae4a
 def _name(root, file): return _text(file.relative_to(root))
@@ -190,7 +204,9 @@ def _decode_all(root, files, side, stop, out):
     if hasattr(os, 'posix_fallocate'):  # a full disk is to be known now: to write into a map that has no room ends the process
         with open(out/'images.npy', 'rb+') as f:
             try: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-            except OSError as e: raise OSError(e.errno, f'data: no room for a cache of {images.nbytes} bytes (XDG_CACHE_HOME names another place)', str(out.parent)) from None
+            except OSError as e:
+                raise OSError(e.errno, f'data: no room for a cache of {images.nbytes} bytes (XDG_CACHE_HOME names another place)',
+                              str(out.parent)) from None
     digest, crc, kept, pixels, left_out = hashlib.sha256(), 0, [], [], []
     def work(f):
         got = decode(f, side)
@@ -221,27 +237,35 @@ def folder_data(
     "Any image folder, decoded once and cached; warns of files left out and of images in both splits"
     path, dirs = Path(path).expanduser(), find_splits(path)
     listed = [list_images(d) for d in dirs]
-    if listed[0][2] != listed[1][2]: raise ValueError(f'data: class folders differ: {listed[0][2]} in {dirs[0].name}, {listed[1][2]} in {dirs[1].name}')
+    if listed[0][2] != listed[1][2]:
+        raise ValueError(f'data: class folders differ: {listed[0][2]} in {dirs[0].name}, {listed[1][2]} in {dirs[1].name}')
     left_out = [(_name(path, p), 'in no class folder') for d in dirs for p in _listed(d) if not os.path.isdir(p)]
     if strict and left_out: raise ValueError(f'data: {": ".join(left_out[0])}')
     splits, metas, classes = [], [], listed[0][2]
     for (files, labels, _), side in zip(listed, (train_side(image_size), image_size)):
         images, meta = cached_images(path, files, side, strict)
-        splits.append(Split(images, labels[meta['kept']], [_name(path, files[i]) for i in meta['kept']])); metas.append(meta); left_out += meta['left_out']
+        splits.append(Split(images, labels[meta['kept']], [_name(path, files[i]) for i in meta['kept']]))
+        metas.append(meta)
+        left_out += meta['left_out']
         if gone := set(range(len(classes))) - set(splits[-1].labels.tolist()):
             raise ValueError(f'data: no readable image in {files[0].parent.parent} for {", ".join(classes[i] for i in gone)}')
     trained = dict(zip(metas[0]['pixels'], splits[0].files))
     in_both = [(trained[p], f) for p, f in zip(metas[1]['pixels'], splits[1].files) if p in trained]
-    if strict and in_both: raise ValueError(f'data: {in_both[0][0]} and {in_both[0][1]} are the same image; accepted: none that is in both splits')
+    if strict and in_both:
+        raise ValueError(f'data: {in_both[0][0]} and {in_both[0][1]} are the same image; accepted: none that is in both splits')
     if left_out: _warn(f'{len(left_out)} of {sum(map(len, (left_out, *splits)))} files in {path} are left out', left_out, ': ')
-    if in_both: _warn(f'{len(in_both)} of {len(splits[1])} test images in {path} are also in the training split, pixel for pixel', in_both, ' = ')
-    return ImageData(name or path.resolve().name, classes, *splits, hashlib.sha256(''.join(m['digest'] for m in metas).encode()).hexdigest()[:16], left_out, in_both)
+    if in_both:
+        _warn(f'{len(in_both)} of {len(splits[1])} test images in {path} are also in the training split, pixel for pixel',
+              in_both, ' = ')
+    return ImageData(name or path.resolve().name, classes, *splits,
+                     hashlib.sha256(''.join(m['digest'] for m in metas).encode()).hexdigest()[:16], left_out, in_both)
 
-def _warn(what, pairs, sign): warnings.warn(what + ':\n' + '\n'.join('  ' + sign.join(p) for p in pairs[:10]) + '\n  ...'*(len(pairs) > 10), stacklevel=3)
+def _warn(what, pairs, sign):
+    warnings.warn(what + ':\n' + '\n'.join('  ' + sign.join(p) for p in pairs[:10]) + '\n  ...'*(len(pairs) > 10), stacklevel=3)
 
 # %% ../nbs/11_data.ipynb #502421ee
 def load_data(
-    data:str,  # 'digits', 'intel' (the folder data/intel if it exists, else Kaggle's copy), or the path of a folder, or of a zip or tar archive of one
+    data:str,  # 'digits', 'intel' (the folder data/intel, else Kaggle's copy), or the path of a folder or a zip or tar archive
     image_size:int,  # side M of the model's input, in pixels
     strict:bool=False  # raise a `ValueError` at the first file that is left out, or that is in both splits, instead of a warning
 )->ImageData:
@@ -251,11 +275,13 @@ def load_data(
     path = Path('data/intel')
     if not path.is_dir():
         try: import kagglehub
-        except ImportError: raise FileNotFoundError("data: no folder data/intel, and kagglehub is not installed to fetch the data set; either "
-                                                    "pip install 'sigma_tokenizer[kaggle]', or name the folder of your own copy") from None
+        except ImportError:
+            raise FileNotFoundError("data: no folder data/intel, and kagglehub is not installed to fetch the data set; either "
+                                    "pip install 'sigma_tokenizer[kaggle]', or name the folder of your own copy") from None
         path = kagglehub.dataset_download('puneet6060/intel-image-classification')
     return folder_data(path, image_size, 'intel', strict)
 
+# %% ../nbs/11_data.ipynb #dba72983
 def _unpacked(path):
     "The folder; of an archive, the cached one with what it holds"
     if not os.path.isfile(path): return path
@@ -280,14 +306,16 @@ def hold_out(
     "Train on a part of the training split, evaluate on the rest of it, and leave the test split alone"
     check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
     least = len(data.classes)/len(data.train)
-    check_number('holdout', share, f'{least:.3g} <= holdout <= {1 - least:.3g}, an image of each class on either side', lambda s: least <= s <= 1 - least)
+    check_number('holdout', share, f'{least:.3g} <= holdout <= {1 - least:.3g}, an image of each class on either side',
+                 lambda s: least <= s <= 1 - least)
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
     images, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
     if data.bordered: small = images[:, cut:cut+side, cut:cut+side]
     else: small = np.stack([np.asarray(Image.fromarray(im).resize((side, side), Image.Resampling.BILINEAR)) for im in images])
     names = lambda places: data.train.files and [data.train.files[i] for i in places]
-    return replace(data, train=Split(data.train.images[train], y[train], names(train)), test=Split(small, y[held], names(held)), evaluated='holdout', in_both=[])
+    return replace(data, train=Split(data.train.images[train], y[train], names(train)), test=Split(small, y[held], names(held)),
+                   evaluated='holdout', in_both=[])
 
 # %% ../nbs/11_data.ipynb #f0241e3e
 def random_crop(
@@ -329,12 +357,14 @@ class ImageLoader(DataLoader):
         device:str|torch.device='cpu'  # on a GPU all images are kept there
     ):
         if augment not in _augmentations: raise ValueError(f'augment: got {augment!r}; accepted: {", ".join(_augmentations)}')
-        self.images, self.labels, self.files = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels), split.files
+        self.images, self.labels = torch.from_numpy(np.asarray(split.images)), torch.from_numpy(split.labels)
         if torch.device(device).type == 'cuda': self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self.image_size, self.train, self.augment, self.flip, self.normalize = image_size, train, _augmentations[augment], flip, normalize
+        self.files, self.image_size, self.normalize = split.files, image_size, normalize
+        self.train, self.augment, self.flip = train, _augmentations[augment], flip
         self.shift = imagenet_normalize(torch.zeros(3, 1, 1, device=device))
         self.scale = (imagenet_normalize(torch.ones(3, 1, 1, device=device)) - self.shift)/255
-        super().__init__(range(len(split)), bs=bs, shuffle=train, drop_last=train and len(split) >= bs, device=torch.device(device))
+        super().__init__(range(len(split)), bs=bs, shuffle=train, drop_last=train and len(split) >= bs,
+                         device=torch.device(device))
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
@@ -362,7 +392,8 @@ def image_loaders(
     "fastai loaders of a data set"
     check_int('bs', bs)
     size = data.test.images.shape[1]
-    loaders = [ImageLoader(s, b, size, train, augment, data.flip, normalize, device) for s, b, train in [(data.train, bs, True), (data.test, 4*bs, False)]]
+    loaders = [ImageLoader(s, b, size, train, augment, data.flip, normalize, device)
+               for s, b, train in [(data.train, bs, True), (data.test, 4*bs, False)]]
     dls = DataLoaders(*loaders, device=torch.device(device))
     dls.c, dls.vocab = len(data.classes), data.classes
     return dls

@@ -84,7 +84,8 @@ class FFTTokenizer(nn.Module):
         if energy is not None: check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
         if band not in ('low', 'high') or (band == 'high' and energy is not None):
             raise ValueError(f"band: got {band!r} with energy={energy}; accepted: 'low', or 'high' without energy")
-        if cut not in ('stem', 'patches', 'radial_bins'): raise ValueError(f"cut: got {cut!r}; accepted: 'stem', 'patches', 'radial_bins'")
+        if cut not in ('stem', 'patches', 'radial_bins'):
+            raise ValueError(f"cut: got {cut!r}; accepted: 'stem', 'patches', 'radial_bins'")
         if filter_size is None: filter_size = image_size
         check_int('filter_size', filter_size); check_int('embed_dim', embed_dim)
         if filter_size > image_size or filter_size % patch_size:
@@ -104,6 +105,7 @@ def places(self:FFTTokenizer,
     cells = torch.arange(g, device=self.proj.weight.device) + (G - g)//2
     return (cells[:, None]*G + cells).flatten()
 
+# %% ../nbs/05_fft.ipynb #44212374
 @patch
 def in_pieces(self:FFTTokenizer,
     squares:list[Tensor]  # (B, 6, s, s), the squares of one batch, each side with its own B
@@ -114,6 +116,7 @@ def in_pieces(self:FFTTokenizer,
     else: squares = [radial_bins(h, self.patch_size) for h in squares]
     return [self.proj(h.flatten(2).mT) for h in squares]
 
+# %% ../nbs/05_fft.ipynb #64becb37
 @patch
 def forward(self:FFTTokenizer,
     x:Tensor  # (B, 3, M, M) images in [0, 1], not normalised
@@ -133,15 +136,19 @@ def forward(self:FFTTokenizer,
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2
     return Tokens(out, mask, None, index, padded=len(groups) > 1)
 
+# %% ../nbs/05_fft.ipynb #b38cff5f
 @patch
 def at_every_side(self:FFTTokenizer,
     f:Tensor,  # (B, 6, M, M) spectra
     sides:Tensor  # (B,) int64, each image's own
 )->Tokens:  # N = (M/p)^2, or (s/p)^2 if static
-    "The same tokens in a graph whose shapes depend on no image (`torch.export`): all sides are computed, and the image's own is kept"
+    "The same tokens with shapes that depend on no image, for `torch.export`: all sides are computed, the image's own is kept"
     if self.training: raise ValueError('export: got a tokenizer in training; accepted: one in evaluation, `model.eval()`')
-    if self.energy is None: return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]), index=self.places(self.filter_size).expand(f.shape[0], -1))
-    out, mask = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype), torch.zeros(f.shape[0], self.n_tokens, dtype=torch.bool, device=f.device)
+    if self.energy is None:
+        return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]),
+                       index=self.places(self.filter_size).expand(f.shape[0], -1))
+    out = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype)
+    mask = torch.zeros(f.shape[0], self.n_tokens, dtype=torch.bool, device=f.device)
     for s in range(self.patch_size, self.image_size + 1, self.patch_size):
         places, own = self.places(s), (sides == s)[:, None]
         tokens = self.in_pieces([crop(f, s).to(out.dtype)])[0]

@@ -48,14 +48,16 @@ def remove_parts(
 def made_once(
     folder:Path,  # where it belongs
     make,  # fills the empty folder that it is given
-    load  # what to give back of the complete folder; one that it refuses (`ValueError`, `EOFError`, `FileNotFoundError`) is made again
+    load  # what to give back of the complete folder; if it raises ValueError, EOFError or FileNotFoundError, it is made again
 ):  # what `load` gives
     "A folder made by this call or an earlier one, loaded"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f'.{folder.name}.lock')):
         if folder.exists():
             try: return load(folder)
-            except (ValueError, EOFError, FileNotFoundError) as e: print(f'made again, since it is damaged: {folder} ({e})'); shutil.rmtree(folder)
+            except (ValueError, EOFError, FileNotFoundError) as e:
+                print(f'made again, since it is damaged: {folder} ({e})')
+                shutil.rmtree(folder)
         part = folder.with_name(f'.{folder.name}.part')
         shutil.rmtree(part, ignore_errors=True); part.mkdir()  # one that a killed process left is no use
         try:
@@ -81,9 +83,12 @@ def locked(
             if holder.exists(): break
             time.sleep(.05)  # it has only just begun
         who = holder.read_text() if holder.exists() else 'another process'
-        raise RuntimeError(f'out: {folder} is in use by {who}; accepted: a folder that no one else works in. Wait for it, or name another') from None
+        raise RuntimeError(f'out: {folder} is in use by {who}; accepted: a folder that no one else works in. Wait for it, or '
+                           'name another') from None
     try:
-        with replaced(holder) as new: new.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}: {shlex.join(sys.argv)}')
+        with replaced(holder) as new:
+            new.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}: '
+                           f'{shlex.join(sys.argv)}')
         yield
     finally: holder.unlink(missing_ok=True); lock.release()
 
@@ -157,7 +162,9 @@ def _members(
 )->list[tuple[str, bool, int]]:  # name, whether it is a plain file or a folder, bytes when unpacked
     "What an archive says that it holds"
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z: return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size) for m in z.infolist()]
+        with zipfile.ZipFile(archive) as z:
+            return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR), m.file_size)
+                    for m in z.infolist()]
     with tarfile.open(archive, tarinfo=_Member) as t:
         members = [(m.name + '/'*m.isdir(), m.isfile() or m.isdir(), m.size) for m in t]
         t.fileobj.seek(t.offset)
@@ -169,15 +176,20 @@ def unpack(
     archive:Path,  # zip, or tar, compressed or not
     out:Path  # an empty folder
 ):
-    "Unpack an archive that holds nothing but files and folders inside it, each once; names, links and sizes are looked at before anything is written, damage is found on the way (`ValueError`)"
-    def refuse(name, why): raise ValueError(f'{archive}: holds {name[:100]!r}, {why}; accepted: files and folders inside the archive, each with a name of its own')
+    "Unpack an archive that holds nothing but files and folders inside it, each once; anything else is a `ValueError`"
+    # names, links and sizes are looked at before anything is written; damage is found on the way
+    def refuse(name, why):
+        raise ValueError(f'{archive}: holds {name[:100]!r}, {why}; accepted: files and folders inside the archive, each with a '
+                         'name of its own')
     try:
         members, files, folders = _members(archive), set(), set()
         for name, plain, _ in members:
             path = PurePosixPath(name.replace('\\', '/')); parts = path.parts
             if not plain: refuse(name, 'a link or a device')
-            if '..' in parts or (parts and (parts[0] == '/' or re.match('[A-Za-z]:', parts[0]))): refuse(name, 'a path that leads out of it')
-            if not parts and not name.endswith('/') or len(parts) > 50 or any(len(os.fsencode(p)) > 255 for p in parts): refuse(name, 'a name that is empty or too long')
+            if '..' in parts or (parts and (parts[0] == '/' or re.match('[A-Za-z]:', parts[0]))):
+                refuse(name, 'a path that leads out of it')
+            if not parts and not name.endswith('/') or len(parts) > 50 or any(len(os.fsencode(p)) > 255 for p in parts):
+                refuse(name, 'a name that is empty or too long')
             if path in files: refuse(name, 'twice')
             (folders if name.endswith('/') else files).add(path); folders.update(path.parents)
         if both := files & folders: refuse(str(min(both)), 'a file and a folder')
@@ -186,7 +198,9 @@ def unpack(
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z: z.extractall(out)
         else:
-            with tarfile.open(archive, tarinfo=_Member) as t: t.extractall(out, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))  # Python before 3.11.4 has none
+            with tarfile.open(archive, tarinfo=_Member) as t:
+                # Python before 3.11.4 has none
+                t.extractall(out, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
     except ValueError: raise
     except Exception as e:  # every module has its own
         reasons = [line for line in str(e).splitlines() if ' not a' not in line and not line.endswith(':')] or [type(e).__name__]

@@ -18,8 +18,11 @@ def check_finite(
     x:Tensor  # what should be a floating point tensor without NaN and infinity
 ):
     "Raise a `ValueError` unless `x` holds finite numbers and nothing else"
-    if not isinstance(x, Tensor) or not x.is_floating_point(): raise ValueError(f'{name}: got {x.dtype if isinstance(x, Tensor) else "a " + type(x).__name__}; accepted: a floating point torch.Tensor')
-    if torch.compiler.is_compiling() or x.sum().isfinite(): return  # a finite sum has only finite terms, and is far sooner had than a look at each
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError(f'{name}: got {x.dtype if isinstance(x, Tensor) else "a " + type(x).__name__}; accepted: a floating '
+                         'point torch.Tensor')
+    if torch.compiler.is_compiling() or x.sum().isfinite():
+        return  # a finite sum has only finite terms, and is far sooner had than a look at each
     if not x.isfinite().all(): raise ValueError(f'{name}: got NaN or infinite values; accepted: finite ones')
 
 def check_images(

@@ -6,7 +6,7 @@
 __all__ = ['Head', 'SeparateHeads', 'plain_encoder', 'zero_padded', 'plain_svd_tokens', 'merge_plan', 'merge_tokens',
            'tome_block', 'tome_encoder']
 
-# %% ../nbs/17_peers.ipynb #35b5004f
+# %% ../nbs/17_peers.ipynb #f5fd89a7
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .tokens import Tokens
 from .vit import Attention, Block, VisionTransformer
 from .svd import SVDTokenizer
 
-# %% ../nbs/17_peers.ipynb #90574316
+# %% ../nbs/17_peers.ipynb #efa5dcb3
 class Head(nn.Module):
     "One attention head with matrices of its own"
     def __init__(self,
@@ -33,6 +33,7 @@ class Head(nn.Module):
         q, k, v = self.q(x), self.k(x), self.v(x)
         return (q @ k.mT / q.shape[-1]**.5).softmax(-1) @ v
 
+# %% ../nbs/17_peers.ipynb #b2aaac58
 class SeparateHeads(nn.Module):
     "A `Block` whose heads are modules of their own; no mask, and every token's output is computed"
     def __init__(self,
@@ -55,7 +56,7 @@ def plain_encoder(
     "The blocks of a model, each with separate heads"
     return nn.Sequential(*[SeparateHeads(b) for b in model.blocks])
 
-# %% ../nbs/17_peers.ipynb #acb0ea12
+# %% ../nbs/17_peers.ipynb #672832f7
 def zero_padded(
     t:Tokens,  # all tokens
     kept:Tensor  # (B, N) bool
@@ -63,7 +64,7 @@ def zero_padded(
     "Zeros instead of the tokens that are not kept"
     return t.x*kept[..., None]
 
-# %% ../nbs/17_peers.ipynb #fb0c69d9
+# %% ../nbs/17_peers.ipynb #785984a9
 @torch.no_grad()
 def plain_svd_tokens(
     tokenizer:SVDTokenizer,  # with the squared criterion
@@ -80,13 +81,15 @@ def plain_svd_tokens(
         sequences.append(tokenizer.proj(pairs.flatten(0, 1).T))
     return nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(s) for s in sequences]
 
-# %% ../nbs/17_peers.ipynb #000a3a6e
+# %% ../nbs/17_peers.ipynb #4de6e898
 def merge_plan(
     keys:Tensor,  # (B, N, d)
     r:int  # tokens to merge away, at most half of those but the class token
-)->tuple[Tensor, Tensor, Tensor]:  # indices: among the tokens at even places (B, ceil(N/2) - r) stay and (B, r) go; (B, r) where they go, among those at odd places
+)->tuple[Tensor, Tensor, Tensor]:  # even places that stay (B, ceil(N/2) - r) and that go (B, r); the odd places they go to (B, r)
     "Which tokens merge into which: bipartite soft matching; the class token stays"
-    if not 0 <= r < (keys.shape[1] + 1)//2: raise ValueError(f'r: got {r}; accepted: 0 to {(keys.shape[1] + 1)//2 - 1}, half of the {keys.shape[1]} tokens but the class token')
+    if not 0 <= r < (keys.shape[1] + 1)//2:
+        raise ValueError(f'r: got {r}; accepted: 0 to {(keys.shape[1] + 1)//2 - 1}, half of the {keys.shape[1]} tokens but the '
+                         'class token')
     keys = F.normalize(keys, dim=-1)
     likeness = keys[:, ::2] @ keys[:, 1::2].mT
     likeness[:, 0] = -torch.inf
@@ -103,6 +106,7 @@ def merge_tokens(
     even, odd = x[:, ::2], x[:, 1::2]
     return torch.cat([even.gather(1, stay), odd.scatter_add(1, where, even.gather(1, go))], 1)
 
+# %% ../nbs/17_peers.ipynb #a7cc034e
 def tome_block(
     block:Block,  # in evaluation
     x:Tensor,  # (B, N, D), the class token first

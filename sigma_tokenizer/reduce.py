@@ -34,7 +34,8 @@ class RestToken(nn.Module):
         short, n, exporting = drop(t, kept, most(keep)), dropped.sum(1, keepdim=True), torch.compiler.is_exporting()
         if not (exporting or n.any()): return short
         rest = self.write(self.mean(t, dropped))
-        return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)), F.pad(short.index, (1, 0), value=-1),
+        return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)),
+                      F.pad(short.index, (1, 0), value=-1),
                       padded=exporting or short.padded or not bool(n.all()))
 
     def mean(self, t, dropped):
@@ -50,7 +51,8 @@ class LayerRestToken(RestToken):
         hidden:int=128  # width of what is averaged
     ):
         super().__init__(embed_dim)
-        self.read, self.write = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, hidden), nn.GELU()), nn.Linear(hidden, embed_dim)
+        self.read = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, hidden), nn.GELU())
+        self.write = nn.Linear(hidden, embed_dim)
 
     def mean(self, t, dropped): return super().mean(replace(t, x=self.read(t.x)), dropped)
 
@@ -98,7 +100,8 @@ class Resampler(nn.Module):
         t:Tokens,
         keep:TopK|None
     )->Tokens:  # (B, k, D), in the queries' order
-        if isinstance(keep, Mass) or keep == TopK(0): raise ValueError(f'keep: got {keep}; accepted: None or TopK(k), k >= 1, as queries have no gates')
+        if isinstance(keep, Mass) or keep == TopK(0):
+            raise ValueError(f'keep: got {keep}; accepted: None or TopK(k), k >= 1, as queries have no gates')
         x = self.norm(t.x)
         q = self.queries[:None if keep is None else keep.k].expand(x.shape[0], -1, -1)
         return full_tokens(q + self.attn(q, x, x, key_padding_mask=~t.mask if t.padded else None, need_weights=False)[0])
@@ -112,14 +115,16 @@ class BudgetGate(nn.Module):
         hidden:int=128  # hidden width
     ):
         super().__init__()
-        self.reduction, self.scorer = reduction, nn.Sequential(nn.Linear(embed_dim + 1, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, 1))
+        self.reduction = reduction
+        self.scorer = nn.Sequential(nn.Linear(embed_dim + 1, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, 1))
         nn.init.zeros_(self.scorer[-1].weight); nn.init.zeros_(self.scorer[-1].bias)
 
     def forward(self,
         t:Tokens,
         keep:TopK|Mass|None
     )->Tokens:
-        if isinstance(keep, TopK): log_share = (t.lengths.clamp(max=max(1, min(keep.k, t.x.shape[1])))/t.lengths).log().to(t.x.dtype)
+        if isinstance(keep, TopK):
+            log_share = (t.lengths.clamp(max=max(1, min(keep.k, t.x.shape[1])))/t.lengths).log().to(t.x.dtype)
         else: log_share = torch.full_like(t.lengths, 0. if keep is None else math.log(keep.p), dtype=t.x.dtype)
         budget = log_share[:, None, None].expand(-1, t.x.shape[1], 1)
         factor = 2*self.scorer(torch.cat([t.x, budget], -1)).sigmoid()

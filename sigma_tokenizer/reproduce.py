@@ -22,20 +22,25 @@ from .runs import describe, load_preset, plan, remove_checkpoints, run_config, r
 
 # %% ../nbs/15_reproduce.ipynb #c9cc0fc8
 _child = """import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(4)), daemon=True).start()  # the parent's end of the pipe closes when it ends, however it ends
+# the parent's end of the pipe closes when it ends, however it ends
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(4)), daemon=True).start()
 import json, sys
 from sigma_tokenizer.runs import run_job
 sys.exit(0 if run_job(**json.loads(sys.argv[1])) else 3)"""
 
 def _in_process(job, log, jobs, children):
-    "Do one job in a process of its own, that ends with this one and is added to `children`; whether it was done before the deadline"
+    "Do one job in a process of its own, that ends with this one and is added to `children`; was it done before the deadline?"
     if time.time() > job['deadline']: return False
     env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//jobs)))
-    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-P', '-c', _child, json.dumps(job)], stdin=subprocess.PIPE, stdout=f, stderr=f, env=env) as child:
+    with open(log, 'a') as f, subprocess.Popen([sys.executable, '-P', '-c', _child, json.dumps(job)], stdin=subprocess.PIPE,
+                                               stdout=f, stderr=f, env=env) as child:
         children.append(child); rc = child.wait()
-    if rc not in (0, 3): raise RuntimeError(f'exit status {rc}, {" ".join(log.read_text(errors="replace").splitlines()[-1:])[:500]}; its log is {log}')
+    if rc not in (0, 3):
+        raise RuntimeError(f'exit status {rc}, {" ".join(log.read_text(errors="replace").splitlines()[-1:])[:500]}; its '
+                           f'log is {log}')
     return rc == 0
 
+# %% ../nbs/15_reproduce.ipynb #3c79d6fa
 def run_jobs(
     todo:list[dict],  # arguments of `run_job`
     jobs:int=1  # processes side by side; 1 runs in this process
@@ -51,7 +56,8 @@ def run_jobs(
             else: yield job, done
     else:
         pool, children = ThreadPoolExecutor(jobs), []
-        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs, children): job for job in todo}
+        waiting = {pool.submit(_in_process, job, Path(job['out'])/f'{job["run"]}-seed{job["seed"]}.log', jobs, children): job
+                   for job in todo}
         try:
             for future in as_completed(waiting):
                 if error := future.exception(): fails(waiting[future], error)
@@ -90,22 +96,28 @@ def reproduce(
     _try_models(configs)
     dataset = load_data(data, settings['model']['image_size'], strict)
     if holdout is not None: dataset = hold_out(dataset, holdout)
-    print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, {len(dataset.classes)} classes; '
-          f'{len(dataset.left_out)} files left out' + f', {len(dataset.in_both)} images in both splits'*(dataset.evaluated == 'test'))
-    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out), check=check, weights=weights, deadline=start + 60*minutes if minutes else math.inf)
+    print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
+          f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out'
+          + f', {len(dataset.in_both)} images in both splits'*(dataset.evaluated == 'test'))
+    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out),
+                  check=check, weights=weights, deadline=start + 60*minutes if minutes else math.inf)
     title = f'ours ({dataset.name}, {settings["model"]["image_size"]} pixels)'
     with nullcontext() if check else locked(out): return _all_runs(todo, configs, dataset, out, title, jobs, start, common)
 
+# %% ../nbs/15_reproduce.ipynb #0fb5a72a
 def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
     "Do what has no result yet, in a folder that is ours"
     out.mkdir(parents=True, exist_ok=True)  # `check` takes no lock, but leaves its logs here
     if not common['check']: remove_parts(out)
     for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
-    missing = [(run, todo[0][1]) for run in configs] if common['check'] else [job for job in todo if not _is_done(out, job, common['weights'])]
-    print(f'{len(todo)} runs, {len(missing)} of them to do, on {common["device"]}; results in {out}\nreported figures: Intel scenes at 256 pixels, ViT-B\n')
+    if common['check']: missing = [(run, todo[0][1]) for run in configs]
+    else: missing = [job for job in todo if not _is_done(out, job, common['weights'])]
+    print(f'{len(todo)} runs, {len(missing)} of them to do, on {common["device"]}; results in {out}\n'
+          'reported figures: Intel scenes at 256 pixels, ViT-B\n')
     there = [job for job in todo if job not in missing]
     print('\n'.join(table_lines(result_table([load_result(result_path(out, *job)) for job in there]))), flush=True)
-    for job in () if common['check'] else there: remove_checkpoints(out, *job)  # of a run that was killed between its result and their removal
+    for job in () if common['check'] else there:
+        remove_checkpoints(out, *job)  # of a run that was killed between its result and their removal
     for job, done in run_jobs([dict(run=run, seed=seed, config=configs[run], **common) for run, seed in missing], jobs):
         if common['check'] or not done: continue
         print('\n'.join(table_lines(result_table([load_result(result_path(out, job['run'], job['seed']))]))[2:]), flush=True)
@@ -114,15 +126,17 @@ def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
     if common['check']: print(f'\nall runs work here; {minutes:.1f} minutes')
     return result_table(load_results(out)) if common['check'] else _finish(out, title, todo, minutes)
 
-# %% ../nbs/15_reproduce.ipynb #3fe110e7
-def _is_done(out, job, weights): return result_path(out, *job).exists() and (not weights or result_path(out, *job).with_suffix('').is_dir())
+# %% ../nbs/15_reproduce.ipynb #4be1dea5
+def _is_done(out, job, weights):
+    return result_path(out, *job).exists() and (not weights or result_path(out, *job).with_suffix('').is_dir())
 
 def _device(device):
     "The device, tried"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as cuda or cuda:1') from None
+        raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU of this machine such as '
+                         'cuda or cuda:1') from None
     return device
 
 def _try_models(configs):
@@ -135,7 +149,8 @@ def _try_models(configs):
 def _finish(out, title, todo, minutes):
     "Write the summary of all results, and say what is still to do"
     table, left = write_summary(out, title), [job for job in todo if not result_path(out, *job).exists()]
-    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; table.md, table.csv and tokens_vs_accuracy.png are in {out}' +
+    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; table.md, table.csv and '
+          f'tokens_vs_accuracy.png are in {out}' +
           (f'\nstill to do: {", ".join(f"{run} (seed {seed})" for run, seed in left)}' if left else ''))
     return table
 
@@ -148,15 +163,20 @@ def _check_same(result, config, data, out):
         now |= config | {'rows': [row for row, _, _ in run_rows(result['run'], config)]}
         was |= result['config'] | {'rows': [row['row'] for row in result['rows']]}
     if differ := [f'{k}: {was.get(k)} there, {now[k]} asked' for k in now if was.get(k) != now[k]]:
-        raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run with other settings ({"; ".join(differ)}); '
-                         'name another --out, or delete it')
+        raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run with other settings '
+                         f'({"; ".join(differ)}); name another --out, or delete it')
 
 # %% ../nbs/15_reproduce.ipynb #13e4870d
 @call_parse
 def sigma_reproduce(
-    preset:str='quick',  # quick (digits, minutes), small (Intel at 64 pixels, two cores), small_half (its ablations of the gates' price), small_long (a better recipe, and models trained to be short), short_ablations (what makes them good), paper and paper_long (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
-    data:str=None,  # digits, intel, or the path of a folder (or a zip or tar archive) with a training and a test split (default: the preset's)
-    methods:str=None,  # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
+    # quick (digits, minutes), small (Intel at 64 pixels, two cores), small_half (its ablations of the gates' price),
+    # small_long (a better recipe, and models trained to be short), short_ablations (what makes them good),
+    # paper and paper_long (ViT-B at 256 pixels, a GPU), or the path of a TOML file like theirs
+    preset:str='quick',
+    # digits, intel, or the path of a folder (or a zip or tar archive) with a training and a test split (default: the preset's)
+    data:str=None,
+    # runs of experiments.toml, separated by commas; fft and svd stand for all of theirs (default: all of the preset)
+    methods:str=None,
     seeds:str=None,  # seeds, separated by commas (default: the preset's)
     epochs:int=None,  # epochs (default: the preset's)
     holdout:float=None,  # evaluate on this share of the training images instead of the test split, to make choices
@@ -165,12 +185,14 @@ def sigma_reproduce(
     jobs:int=1,  # trainings side by side, each a process with its own log
     minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
     check:store_true=False,  # train two steps of every run at full size, and keep nothing
-    strict:store_true=False,  # stop at the first file of the data that cannot be read, or that is in both splits (default: leave it out, or report it, and count it in the results)
+    # stop at the first file of the data that cannot be read, or that is in both splits
+    # (default: leave it out, or report it, and count it in the results)
+    strict:store_true=False,
     weights:store_true=False  # keep each trained model beside its result, as a folder of safetensors and JSON
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
-    try: reproduce(preset, data, items(methods), seeds and [int(s) if s.isdecimal() else s for s in items(seeds)], epochs, holdout, device, out,
-                  jobs, minutes, check, strict, weights)
+    seeds = seeds and [int(s) if s.isdecimal() else s for s in items(seeds)]
+    try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out, jobs, minutes, check, strict, weights)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')
     except KeyboardInterrupt: sys.exit('sigma_reproduce: interrupted; the same command goes on from the last epoch')

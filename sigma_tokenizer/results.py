@@ -25,7 +25,9 @@ def load_experiments()->dict[str, dict]:  # run name -> model, args, normalize, 
     "Every training run of the tables, with the figures reported for its rows (`experiments.toml`)"
     experiments = tomllib.loads((files('sigma_tokenizer')/'experiments.toml').read_text(encoding='utf-8'))
     for e in experiments.values():
-        if 'title' in e: e['rows'] = [dict(row=f'{e["title"]} (all tokens)'), *(dict(row=f'{e["title"]} ({b}={n})', **{b: n}) for b in ('k', 'mean_length') for n in e.pop(b, []))]
+        if 'title' in e:
+            e['rows'] = [dict(row=f'{e["title"]} (all tokens)'),
+                         *(dict(row=f'{e["title"]} ({b}={n})', **{b: n}) for b in ('k', 'mean_length') for n in e.pop(b, []))]
     return experiments
 
 def reported()->pd.DataFrame:  # one line for each row: run, row, accuracy, f1, length; NaN where nothing was reported
@@ -69,9 +71,16 @@ class DataUsed(TypedDict):
 class Result(TypedDict):
     "What a run's JSON file holds"
     __pydantic_config__ = strict
-    run:Annotated[str, Field(pattern=r'^[\w.-]+$')]; seed:_Count; config:dict; data:DataUsed; commit:str|None; versions:dict[str, str]; device:str
+    run:Annotated[str, Field(pattern=r'^[\w.-]+$')]
+    seed:_Count
+    config:dict
+    data:DataUsed
+    commit:str|None
+    versions:dict[str, str]
+    device:str
     seconds:float; epochs:list[Epoch]; gates:dict|None; rows:list[Row]
 
+# %% ../nbs/13_results.ipynb #ca67dfaa
 def result_path(
     out:str|Path,  # the results' folder
     run:str,  # the run's name in `experiments.toml`
@@ -90,7 +99,8 @@ def save_result(
     path = result_path(out, result['run'], result['seed'])
     path.parent.mkdir(parents=True, exist_ok=True)
     smallest = lambda a: np.asarray(a).astype(np.min_scalar_type(int(a.max())))
-    arrays = dict(confidence=predictions['confidence'].astype(np.float16), **{k: smallest(predictions[k]) for k in ('labels', 'preds', 'lengths')})
+    arrays = dict(confidence=predictions['confidence'].astype(np.float16),
+                  **{k: smallest(predictions[k]) for k in ('labels', 'preds', 'lengths')})
     with replaced(path.with_suffix('.npz')) as new, open(new, 'wb') as f: np.savez_compressed(f, **arrays)
     with replaced(path) as new: new.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
     return path
@@ -103,18 +113,21 @@ def load_result(
     result, path = read_json(path, dict), Path(path)
     _upgrade(result)
     checked(result, Result, path)
-    if path.name != (name := result_path('', result['run'], result['seed']).name): raise ValueError(f'{path}: holds another run than its name says; accepted: {name}')
+    if path.name != (name := result_path('', result['run'], result['seed']).name):
+        raise ValueError(f'{path}: holds another run than its name says; accepted: {name}')
     return result
 
 def _upgrade(result):
     "Give a result of an earlier version the fields that came later"
     result.setdefault('gates', None)
     config = result.get('config')
-    if isinstance(config, dict) and 'random_budget' in config: config |= dict(budgets={} if config.pop('random_budget') else None, distil=None)
+    if isinstance(config, dict) and 'random_budget' in config:
+        config |= dict(budgets={} if config.pop('random_budget') else None, distil=None)
 
+# %% ../nbs/13_results.ipynb #574c135d
 def load_predictions(
     path:str|Path  # of the result
-)->dict[str, np.ndarray]:  # labels (n,); preds, lengths and (not in the first results) confidence (rows, n), in the order of the result's rows
+)->dict[str, np.ndarray]:  # labels (n,); preds, lengths and (not in the first results) confidence (rows, n)
     "What a run's model said of every test image, and with how many tokens"
     path = Path(path).with_suffix('.npz')
     try:
@@ -122,10 +135,15 @@ def load_predictions(
             if (size := sum(m.file_size for m in z.infolist())) > 2**30: raise ValueError(f'{size} bytes')
         with np.load(path, allow_pickle=False) as f: said = dict(f)
         shapes = {k: v.shape for k, v in said.items()}
-        if {*shapes} - {'confidence'} != {'labels', 'preds', 'lengths'} or len({shapes[k] for k in shapes if k != 'labels'}) > 1 or len(shapes['preds']) != 2 or shapes['labels'] != shapes['preds'][1:]: raise ValueError(shapes)
-        if kinds := [f'{k}: {v.dtype}' for k, v in said.items() if v.dtype.kind != ('f' if k == 'confidence' else 'u')]: raise ValueError(', '.join(kinds))
+        if {*shapes} - {'confidence'} != {'labels', 'preds', 'lengths'}: raise ValueError(shapes)
+        by_row = {shapes[k] for k in shapes if k != 'labels'}
+        if len(by_row) > 1 or len(shapes['preds']) != 2 or shapes['labels'] != shapes['preds'][1:]: raise ValueError(shapes)
+        if kinds := [f'{k}: {v.dtype}' for k, v in said.items() if v.dtype.kind != ('f' if k == 'confidence' else 'u')]:
+            raise ValueError(', '.join(kinds))
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths (rows, n) of unsigned integers and confidence (rows, n)') from None
+    except Exception as e:
+        raise ValueError(f'{path}: no predictions ({e}); accepted: arrays labels (n,), preds, lengths (rows, n) of unsigned '
+                         'integers and confidence (rows, n)') from None
     return said
 
 def load_results(
@@ -146,7 +164,8 @@ def result_table(
     mean['setting'], mean['seeds'], mean['spread'] = by_row.setting.first(), by_row.seed.nunique(), by_row.accuracy.std()
     table = reported().drop(columns='run').rename(columns=lambda c: f'reported_{c}')
     order = [*[r for r in table.index if r in mean.index], *[r for r in mean.index if r not in table.index]]
-    return mean.reindex(order).join(table)[['setting', 'accuracy', 'spread', 'f1', 'mean_length', 'seeds', *table.columns]].reset_index()
+    columns = ['setting', 'accuracy', 'spread', 'f1', 'mean_length', 'seeds', *table.columns]
+    return mean.reindex(order).join(table)[columns].reset_index()
 
 def _cell(v, digits): return '' if v is None or (isinstance(v, float) and math.isnan(v)) else f'{v:.{digits}f}'
 
@@ -154,7 +173,8 @@ def table_lines(
     table:pd.DataFrame  # `result_table`
 )->list[str]:  # Markdown: two lines of header, then one for each row
     "The table as it is printed"
-    lines = ['| row | setting | accuracy | F1 | length | reported accuracy | reported F1 | reported length |', '|---|---|---:|---:|---:|---:|---:|---:|']
+    lines = ['| row | setting | accuracy | F1 | length | reported accuracy | reported F1 | reported length |',
+             '|---|---|---:|---:|---:|---:|---:|---:|']
     for r in table.itertuples():
         spread = f' ± {r.spread:.3f}' if r.seeds > 1 else ''
         lines.append(f'| {r.row} | {r.setting} | {_cell(r.accuracy, 3)}{spread} | {_cell(r.f1, 3)} | {_cell(r.mean_length, 1)} '
@@ -163,31 +183,39 @@ def table_lines(
 
 # %% ../nbs/13_results.ipynb #1c52a0c0
 _families = [  # label, pattern of the rows' names, colour, marker, line
-    ('ViT', r'Vision Transformer$', '#000000', 's', 'none'), ('ViT, convolutional stem', r'ViT with a convolutional stem$', '#999999', 'D', 'none'),
+    ('ViT', r'Vision Transformer$', '#000000', 's', 'none'),
+    ('ViT, convolutional stem', r'ViT with a convolutional stem$', '#999999', 'D', 'none'),
     ('FFT, static', r'FFT \(static \d+\)', '#0072B2', '^', '-'), ('FFT, dynamic', r'FFT \(dynamic', '#56B4E9', 'v', '-'),
     ('FFT, high-pass', r'FFT \(high', '#CC79A7', '<', '-'),
     ('SVD, squared', r'SVD .*squared', '#E69F00', 'o', '-'), ('SVD, linear', r'SVD .*linear', '#E69F00', 'p', ':'),
-    ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'), ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
-    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'), ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'),
-    ('mSVD, trained short', r'mSVD, trained short \((k|all)', '#0072B2', '.', '-'), ('the same, layer before the rest', r'select: a layer .* \((k|all)', '#56B4E9', '.', '-'),
-    ('ViT, convolutional stem, trained short', r'ViT with .* trained short \((k|all)', '#999999', '.', '-'), ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
+    ('mSVD, no scorer', r'mSVD \(no', '#009E73', 'P', 'none'),
+    ('mSVD, all tokens', r'mSVD \(all tokens\)', '#D55E00', '*', 'none'),
+    ('mSVD, top k', r'mSVD \(k', '#D55E00', '.', '-'),
+    ('mSVD, top k, dropped in training', r'mSVD \(dropped', '#882255', '.', '-'),
+    ('mSVD, trained short', r'mSVD, trained short \((k|all)', '#117733', '.', '-'),
+    ('mSVD, trained short, layer before the rest', r'select: a layer .* \((k|all)', '#44AA99', '.', '-'),
+    ('ViT, convolutional stem, trained short', r'ViT with .* trained short \((k|all)', '#999999', '.', '-'),
+    ('mSVD, gate mass p', r'mSVD \(p', '#D55E00', 'x', ':')]
 
+# %% ../nbs/13_results.ipynb #a8dab613
 def plot_tokens(
     table:pd.DataFrame,  # `result_table`
     title:str='ours'  # of our panel
 )->plt.Figure:
     "Accuracy against mean length, reported and ours"
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6), sharey=True, layout='constrained')
     all_rows = reported().reset_index().rename(columns={'length': 'mean_length'})
-    for ax, t, name in [(axes[0], all_rows, 'reported (Intel, 256 pixels)'), (axes[1], table, title)]:
+    for ax, t, name in [(axes[0], all_rows, 'reported (Intel, 256 pixels)'), (axes[1], table, title.replace('(intel', '(Intel'))]:
         for label, pattern, colour, marker, line in _families:
             part = t[t.row.str.match(pattern)].dropna(subset=['accuracy', 'mean_length']).sort_values('mean_length')
             if len(part): ax.plot(part.mean_length, part.accuracy, color=colour, marker=marker, ls=line, ms=7, lw=1, label=label)
-        ax.set(xscale='log', xlim=(1.7, 300), xlabel='mean tokens an image, class token included', title=name)
+        ax.set(xscale='log', xlim=(1.7, 320), title=name)
+        ax.set_xlabel('mean tokens an image, class token included', fontsize=10)
         ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks); ax.minorticks_off(); ax.grid(alpha=.3)
-    axes[0].set_ylabel('accuracy')
+    axes[0].set_ylabel('accuracy', fontsize=10)
     handles = {h.get_label(): h for ax in axes for h in ax.get_lines()}
-    fig.legend(handles=list(handles.values()), loc='outside right center', fontsize=8)
+    fig.set_figheight(3.7 + .21*-(-len(handles)//2))  # the legend below, in columns and large: it is read on phones too
+    fig.legend(handles=list(handles.values()), loc='outside lower center', ncols=2, fontsize=11, frameon=False, labelspacing=.3)
     return fig
 
 # %% ../nbs/13_results.ipynb #b2c270f8
@@ -200,6 +228,6 @@ def write_summary(
     with replaced(out/'table.md') as new: new.write_text('\n'.join(table_lines(table)) + '\n', encoding='utf-8')
     with replaced(out/'table.csv') as new: table.to_csv(new, index=False, float_format='%.6g')
     fig = plot_tokens(table, title)
-    with replaced(out/'tokens_vs_accuracy.png') as new: fig.savefig(new, dpi=120, format='png')
+    with replaced(out/'tokens_vs_accuracy.png') as new: fig.savefig(new, dpi=160, format='png')
     plt.close(fig)
     return table

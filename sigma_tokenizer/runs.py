@@ -28,7 +28,8 @@ from .vit import Block, VisionTransformer
 from .files import read_toml, strict
 from .models import Backbone, create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
-from .training import BFloat16, BudgetSchedule, GateLoss, RandomBudget, SelfDistillation, calibrate, checkpoints, create_learner, evaluate, gini_index, train
+from .training import BFloat16, BudgetSchedule, GateLoss, RandomBudget, SelfDistillation
+from .training import calibrate, checkpoints, create_learner, evaluate, gini_index, train
 from .results import load_experiments, load_predictions, load_result, metrics, result_path, save_result
 
 # %% ../nbs/14_runs.ipynb #487ef399
@@ -38,20 +39,26 @@ def list_presets()->list[str]:
     "The presets that `sigma_reproduce` takes"
     return sorted(p.name.removesuffix('.toml') for p in _presets.iterdir() if p.name.endswith('.toml'))
 
-_training = dict(epochs=Annotated[int, Field(ge=1, le=10**6)], batch_size=Annotated[int, Field(ge=1, le=2**20)], lr=Annotated[float, Field(gt=0, le=100)], wd=Annotated[float, Field(ge=0, le=100)],
-                 schedule=Literal['one_cycle', 'constant'], precision=Literal['float32', 'bfloat16'], compile=bool, augment=NotRequired[Literal['crop', 'resized_crop']])
+_training = dict(epochs=Annotated[int, Field(ge=1, le=10**6)], batch_size=Annotated[int, Field(ge=1, le=2**20)],
+                 lr=Annotated[float, Field(gt=0, le=100)], wd=Annotated[float, Field(ge=0, le=100)],
+                 schedule=Literal['one_cycle', 'constant'], precision=Literal['float32', 'bfloat16'], compile=bool,
+                 augment=NotRequired[Literal['crop', 'resized_crop']])
 _Other = TypedDict('Other', _training, total=False)  # a method's own
 _Train = TypedDict('Train', _training | {m: NotRequired[_Other] for m in list_models()})
 _Run, _Seed = Literal[tuple(load_experiments())], Annotated[int, Field(ge=0, lt=2**32)]
 _Repeat = TypedDict('Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
-Preset = TypedDict('Preset', dict(data=str, runs=Annotated[list[_Run], Field(min_length=1)], seeds=Annotated[list[_Seed], Field(min_length=1)], repeat=_Repeat, model=Backbone, train=_Train))
+Preset = TypedDict('Preset', dict(data=str, runs=Annotated[list[_Run], Field(min_length=1)],
+                                  seeds=Annotated[list[_Seed], Field(min_length=1)], repeat=_Repeat, model=Backbone,
+                                  train=_Train))
 for t in (_Other, _Train, _Repeat, Preset): t.__pydantic_config__ = strict
 
+# %% ../nbs/14_runs.ipynb #6a63b2cb
 def load_preset(
     name:str  # one of `list_presets()`, or the path of a TOML file like theirs
 )->Preset:  # data, runs, seeds, repeat, model, train
     "A preset's settings"
-    if name not in list_presets() and not Path(name).is_file(): raise ValueError(f'preset: got {name!r}; accepted: {", ".join(list_presets())}, or a file')
+    if name not in list_presets() and not Path(name).is_file():
+        raise ValueError(f'preset: got {name!r}; accepted: {", ".join(list_presets())}, or a file')
     return read_toml(_presets/f'{name}.toml' if name in list_presets() else name, Preset)
 
 # %% ../nbs/14_runs.ipynb #1d62f2c6
@@ -64,15 +71,17 @@ def run_config(
     experiment, model = load_experiments()[run], dict(preset['model'])
     args = dict(experiment.get('args', {}))
     if 'filter_size' in args: args['filter_size'] = args['filter_size']*model['image_size']//256
-    train = {k: v for k, v in preset['train'].items() if not isinstance(v, dict)} | preset['train'].get(experiment['model'], {}) | ({} if epochs is None else {'epochs': epochs})
+    train = {k: v for k, v in preset['train'].items() if not isinstance(v, dict)} | preset['train'].get(experiment['model'], {})
+    if epochs is not None: train |= {'epochs': epochs}
     check_int('epochs', train['epochs'])
     defaults = dict(alpha=0., price='mean', budgets=None, distil=None, normalize=True)
-    return dict(model=dict(name=experiment['model'], **model, **args), train=train, **{k: experiment.get(k, v) for k, v in defaults.items()})
+    return dict(model=dict(name=experiment['model'], **model, **args), train=train,
+                **{k: experiment.get(k, v) for k, v in defaults.items()})
 
 def run_rows(
     run:str,  # a run of `experiments.toml`
     config:dict  # `run_config`
-)->list[tuple[str, TopK|Mass|float|None, str]]:  # row name, budget (or the mean length that one is to be calibrated for), and what the row's name means at this scale
+)->list[tuple[str, TopK|Mass|float|None, str]]:  # row name, budget (or mean length to calibrate it for), its meaning here
     "The rows that a run's model is evaluated for"
     m = config['model']; n = (m['image_size']//m['patch_size'])**2
     def setting(row):
@@ -91,7 +100,8 @@ def plan(
     "What is to be run, in order"
     experiments = load_experiments()
     if unknown := set(methods or []) - set(experiments) - set(list_models()):
-        raise ValueError(f'methods: got {", ".join(sorted(unknown))}; accepted: a model ({", ".join(list_models())}) or a run ({", ".join(experiments)})')
+        raise ValueError(f'methods: got {", ".join(sorted(unknown))}; accepted: a model ({", ".join(list_models())}) or a run '
+                         f'({", ".join(experiments)})')
     for seed in seeds or []:
         check_int('seeds', seed, 0)
         if seed >= 2**32: raise ValueError(f'seeds: got {seed}; accepted: integers below {2**32}')
@@ -99,7 +109,8 @@ def plan(
         ([m] if m in experiments else [r for r in preset['runs'] if experiments[r]['model'] == m])]
     runs = list(dict.fromkeys(runs))
     todo = [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds) for run in runs]
-    if seeds is None: todo += [(run, seed) for seed in preset['repeat']['seeds'] for run in preset['repeat']['runs'] if run in runs]
+    if seeds is None:
+        todo += [(run, seed) for seed in preset['repeat']['seeds'] for run in preset['repeat']['runs'] if run in runs]
     if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; accepted: at least one of each')
     return todo
 
@@ -112,9 +123,12 @@ def provenance(
     url = json.loads(metadata.distribution('sigma_tokenizer').read_text('direct_url.json') or '{}').get('url', '')
     where = here if (here/'.git').exists() else Path(url2pathname(urlparse(url).path))
     describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if which('git') and (where/'.git').exists() else ''
-    versions = {p: metadata.version(p) for p in ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn', 'numpy', 'pillow')}
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
+    there = which('git') and (where/'.git').exists()
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if there else ''
+    packages = ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn', 'numpy', 'pillow')
+    versions = {p: metadata.version(p) for p in packages}
+    on_gpu = torch.device(device).type == 'cuda'
+    name = torch.cuda.get_device_name(device) if on_gpu else f'{device}, {torch.get_num_threads()} threads'
     return dict(commit=commit or None, versions=dict(python=sys.version.split()[0], **versions), device=name)
 
 def _code_digest():
@@ -126,8 +140,9 @@ def describe(
     data:ImageData
 )->dict:
     "What a result file says of its data"
-    return dict(name=data.name, evaluated=data.evaluated, classes=data.classes, train=len(data.train), test=len(data.test), fingerprint=data.fingerprint,
-                left_out=len(data.left_out), unreadable=[list(u) for u in data.left_out[:20]], **(dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}))
+    return dict(name=data.name, evaluated=data.evaluated, classes=data.classes, train=len(data.train), test=len(data.test),
+                fingerprint=data.fingerprint, left_out=len(data.left_out), unreadable=[list(u) for u in data.left_out[:20]],
+                **(dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}))
 
 # %% ../nbs/14_runs.ipynb #0424f7ef
 def gate_summary(
@@ -173,14 +188,18 @@ def run_once(
     model.classes, model.normalize = data.classes, config['normalize']
     if folder: model.save_pretrained(folder)
     trained, (names, keeps, settings) = time.perf_counter(), zip(*run_rows(run, config))
-    def calibrated(length): set_seed(seed, reproducible=True); return calibrate(model, loaders(), length)  # on the same windows, whatever training drew and wherever it was resumed
+    def calibrated(length):
+        set_seed(seed, reproducible=True)
+        return calibrate(model, loaders(), length)  # on the same windows, whatever training drew and wherever it was resumed
     said, gates = evaluate(model, dls.valid, [calibrated(keep) if isinstance(keep, float) else keep for keep in keeps])
     summary = None if gates is None else gate_summary(model, gates, config['model']['image_size'], config['normalize'])
-    rows = [dict(row=n, setting=s, **metrics(said['labels'], p, l)) for n, s, p, l in zip(names, settings, said['preds'], said['lengths'])]
+    rows = [dict(row=n, setting=s, **metrics(said['labels'], p, l))
+            for n, s, p, l in zip(names, settings, said['preds'], said['lengths'])]
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took
     return (dict(run=run, seed=seed, config=config, data=describe(data), **source, seconds=round(seconds, 1), epochs=epochs,
                  gates=summary, rows=rows), said)
 
+# %% ../nbs/14_runs.ipynb #a2b2d532
 def callbacks(
     config:dict  # `run_config`
 )->list:
@@ -207,7 +226,8 @@ def run_job(
     "Load the data, make one run, and leave its result in `out`"
     if not check and time.time() > deadline: return False
     dataset = load_data(data, config['model']['image_size'])
-    if fingerprint not in (None, dataset.fingerprint): raise ValueError(f'data: {data} has changed since the command began, from {fingerprint} to {dataset.fingerprint}')
+    if fingerprint not in (None, dataset.fingerprint):
+        raise ValueError(f'data: {data} has changed since the command began, from {fingerprint} to {dataset.fingerprint}')
     if holdout is not None: dataset = hold_out(dataset, holdout)
     if check: return check_run(run, config, seed, dataset, device)
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
@@ -216,6 +236,7 @@ def run_job(
     save_result(out, *done); remove_checkpoints(out, run, seed)
     return True
 
+# %% ../nbs/14_runs.ipynb #35ad3058
 def remove_checkpoints(out, run, seed):
     "Of a run that has its result"
     for p in checkpoints(result_path(out, run, seed).with_suffix('.ckpt')): p.unlink(missing_ok=True)
@@ -226,5 +247,6 @@ def check_run(run, config, seed, data, device):
     start, config = time.perf_counter(), config | {'train': config['train'] | dict(epochs=1, batch_size=2)}
     result, _ = run_once(run, config, seed, replace(data, train=few(data.train, 4), test=few(data.test, 2)), device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-    print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, {len(result["rows"])} rows, {time.perf_counter() - start:.0f} s in all, peak {peak:.1f} GiB')
+    print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, {len(result["rows"])} rows, {time.perf_counter() - start:.0f} s '
+          f'in all, peak {peak:.1f} GiB')
     return True

@@ -90,11 +90,13 @@ def drop(
     if scores is not None: scores = scores.masked_fill(~mask, 0)
     return Tokens(x, mask, scores, t.index.gather(1, order), padded=exporting or not bool(mask.all()))
 
+# %% ../nbs/02_select.ipynb #a83a3725
 def check_keep(
     keep  # what should be a budget
 ):
     "Raise a `ValueError` unless `keep` is a budget or None"
-    if not (keep is None or isinstance(keep, (TopK, Mass))): raise ValueError(f'keep: got {keep!r}; accepted: None, TopK(k) or Mass(p)')
+    if not (keep is None or isinstance(keep, (TopK, Mass))):
+        raise ValueError(f'keep: got {keep!r}; accepted: None, TopK(k) or Mass(p)')
 
 def select(
     t:Tokens,  # with scores, unless `keep` is None
@@ -103,7 +105,8 @@ def select(
     "The tokens that fit the budget"
     check_keep(keep)
     if keep is None: return t
-    if keep == TopK(0): raise ValueError(f'keep: got {keep}; accepted: k >= 1, as nothing here sums up what is dropped (a `RestToken` does)')
+    if keep == TopK(0):
+        raise ValueError(f'keep: got {keep}; accepted: k >= 1, as nothing here sums up what is dropped (a `RestToken` does)')
     return drop(t, chosen(t, keep), most(keep))
 
 def most(

@@ -27,7 +27,8 @@ class ConvStem(nn.Module):
     ):
         super().__init__()
         check_int('in_chans', in_chans); check_int('patch_size', patch_size, 2)
-        if patch_size & (patch_size - 1): raise ValueError(f'patch_size: got {patch_size}; accepted: a power of two, one block for each halving')
+        if patch_size & (patch_size - 1):
+            raise ValueError(f'patch_size: got {patch_size}; accepted: a power of two, one block for each halving')
         self.out_chans = in_chans*patch_size**2
         self.blocks = nn.ModuleList([conv_block(in_chans*4**i) for i in range(patch_size.bit_length() - 1)])
         self.mix = nn.Conv2d(self.out_chans, self.out_chans, 1, bias=False)
@@ -40,7 +41,8 @@ class ConvStem(nn.Module):
         return self.mix(x)
 
     def laid_out(self, x):
-        "In evaluation with the channels of a pixel side by side: on a CPU the convolutions take three quarters of the time. In training BatchNorm would lose more than they gain"
+        "In evaluation, the channels of a pixel side by side: on a CPU the convolutions take three quarters of the time"
+        # not in training, where BatchNorm would lose more than the convolutions gain
         return x if self.training else x.contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/03_stem.ipynb #f24a7bc8

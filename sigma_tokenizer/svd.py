@@ -34,7 +34,9 @@ def _left_vectors(x, S, V):
     "u = Xv/sigma; zero where sigma is"
     return x.double() @ V * torch.where(S > 0, 1/S, 0)[..., None, :]
 
-def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # a matrix in one piece: channels_last would copy it at each product
+def _at_least_float32(x):
+    # a matrix in one piece: channels_last would copy it at each product
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 @torch.no_grad()
 def singular_triplets(
@@ -70,7 +72,7 @@ def start_basis(
     q:int,  # columns, at most M
     device:torch.device=torch.device('cpu')
 )->Tensor:  # (M, q) float32, columns orthonormal
-    "The lowest q//2 frequencies of the cosine transform (DCT-II), then sums of the others, every (q - q//2)-th in one, with random signs"
+    "The lowest q//2 frequencies of the cosine transform (DCT-II), then sums of every (q - q//2)-th other, with random signs"
     with torch.device('cpu'):
         frequency = torch.arange(M)
         waves = (math.pi/M*(frequency.double()[:, None] + .5)*frequency).cos()
@@ -93,12 +95,13 @@ def _orthonormal(
     Q = Y @ back
     return torch.where(failed[..., None, None] > 0, before, Q) if failed.any() else Q
 
+# %% ../nbs/06_svd.ipynb #596283a2
 @torch.no_grad()
 def leading_triplets(
     x:Tensor,  # (..., M, M) matrices
     q:int,  # how many, at most M
     steps:int=6  # of the power iteration
-)->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q) and the residuals ||X^T u - sigma v|| (..., q)
+)->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q), residuals ||X^T u - sigma v|| (..., q)
     "Approximate leading singular triplets, in float32 or better; signs as they come"
     check_int('q', q); check_int('steps', steps); check_finite('x', x)
     if q > x.shape[-1]: raise ValueError(f'q: got {q}; accepted: up to {x.shape[-1]}, the side of the matrices')
@@ -131,7 +134,7 @@ def sure_rank(
     worst = residual.amax(1).cummax(1)[0].gather(1, at[:, 1:])[:, 0]
     return k, (k <= S.shape[-1]) & clear & (worst <= 1e-4*total.sqrt())
 
-# %% ../nbs/06_svd.ipynb #596283a2
+# %% ../nbs/06_svd.ipynb #0e250e3b
 @torch.no_grad()
 def kept_triplets(
     x:Tensor,  # (B, C, M, M)
@@ -143,7 +146,8 @@ def kept_triplets(
     with torch.autocast(x.device.type, enabled=False):
         x, todo, parts = _at_least_float32(x), torch.arange(len(x), device=x.device), []
         total = x.square().sum((2, 3)).double().sum(1)
-        if not total.isfinite().all(): raise ValueError(f'x: got values up to {x.abs().max():.3g}; accepted: those whose squares {x.dtype} can add up')
+        if not total.isfinite().all():
+            raise ValueError(f'x: got values up to {x.abs().max():.3g}; accepted: those whose squares {x.dtype} can add up')
         for q in (x.shape[-1]//8, x.shape[-1]//4) if criterion == 'squared' else ():
             if not len(todo) or not q: break
             U, S, V, residual = leading_triplets(x if len(todo) == len(x) else x[todo], q)
@@ -169,7 +173,9 @@ def _joined(
     for rows, u, s, v, ks in parts:
         n = min(N, s.shape[-1]); kept = (torch.arange(n, device=x.device) < ks[:, None])[:, None]
         u, v = _one_sign(u[..., :n], v[..., :n])
-        U[rows, ..., :n], S[rows, ..., :n], V[rows, ..., :n] = (u*kept[..., None, :]).to(x), (s[..., :n]*kept).to(x), (v*kept[..., None, :]).to(x)
+        U[rows, ..., :n] = (u*kept[..., None, :]).to(x)
+        S[rows, ..., :n] = (s[..., :n]*kept).to(x)
+        V[rows, ..., :n] = (v*kept[..., None, :]).to(x)
     return U, S, V, k
 
 # %% ../nbs/06_svd.ipynb #5798129b
@@ -192,7 +198,9 @@ class SVDTokenizer(nn.Module):
         x:Tensor  # (B, 3, M, M) normalised images
     )->Tokens:  # N = the largest rank in the batch, strongest triplet first
         check_images(x, self.proj.weight, size=self.image_size)
-        if torch.compiler.is_exporting(): U, S, V = singular_triplets(x); k = energy_rank(S, self.energy, self.criterion)  # all M triplets: a graph's shapes depend on no image
+        if torch.compiler.is_exporting():
+            U, S, V = singular_triplets(x)  # all M triplets: a graph's shapes depend on no image
+            k = energy_rank(S, self.energy, self.criterion)
         else: U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         root = S[..., None, :].sqrt()
         pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)

@@ -40,11 +40,17 @@ def spread(
     n:int  # length of the full sequence
 )->Tokens:  # (B, n, D)
     "The same tokens, each at its place, with padding between them: one length for every image"
-    if (t.index[t.mask] < 0).any(): raise ValueError('tokens: got one without a place (index -1, it sums up several); accepted: tokens of a tokenizer, or what `select` keeps of them')
-    if (t.index[t.mask] >= n).any(): raise ValueError(f'n: got {n}; accepted: at least {int(t.index[t.mask].max()) + 1}, as far as the places go')
+    if (t.index[t.mask] < 0).any():
+        raise ValueError('tokens: got one without a place (index -1, it sums up several); accepted: tokens of a tokenizer, or '
+                         'what `select` keeps of them')
+    if (t.index[t.mask] >= n).any():
+        raise ValueError(f'n: got {n}; accepted: at least {int(t.index[t.mask].max()) + 1}, as far as the places go')
     at = torch.where(t.mask, t.index, n)  # padding goes behind the end, and is cut off
-    def put(v): return v.new_zeros(len(v), n + 1, *v.shape[2:]).scatter(1, at.view(*at.shape, *[1]*(v.ndim - 2)).expand(v.shape), v)[:, :n]
-    return Tokens(put(t.x), put(t.mask), None if t.scores is None else put(t.scores), torch.arange(n, device=at.device).expand(len(at), n))
+    def put(v):
+        to = at.view(*at.shape, *[1]*(v.ndim - 2)).expand(v.shape)
+        return v.new_zeros(len(v), n + 1, *v.shape[2:]).scatter(1, to, v)[:, :n]
+    return Tokens(put(t.x), put(t.mask), None if t.scores is None else put(t.scores),
+                  torch.arange(n, device=at.device).expand(len(at), n))
 
 # %% ../nbs/01_tokens.ipynb #8a40449d
 def sinusoidal(
@@ -52,6 +58,7 @@ def sinusoidal(
     embed_dim:int  # width D of a token, even
 )->Tensor:  # (n, embed_dim), float32 in [-1, 1]
     "The fixed position vectors of the original Transformer (Vaswani et al. 2017, section 3.5)"
-    if embed_dim % 2: raise ValueError(f'embed_dim: got {embed_dim}; accepted: an even width, half for the sines and half for the cosines')
+    if embed_dim % 2:
+        raise ValueError(f'embed_dim: got {embed_dim}; accepted: an even width, half for the sines and half for the cosines')
     angle = torch.arange(n)[:, None] * 10000**(-torch.arange(0, embed_dim, 2)/embed_dim)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)

@@ -39,7 +39,8 @@ def gini_index(
     high_to_low = scores.sort(dim=1, descending=True)[0]
     return ((n + 1 - 2*rank)*high_to_low).sum(1)/(n[:, 0]*scores.sum(1)).clamp(min=1e-12)
 
-def _own(model): return getattr(model, 'module', model)  # where several processes train, `model` is torch's wrapper around it
+# %% ../nbs/12_training.ipynb #c32ec373
+def _own(model): return getattr(model, 'module', model)  # where several processes train, `model` is torch's wrapper
 
 class GateLoss(Callback):
     "Add a price of the batch's gates to the training loss: `alpha` times their mean, or times 1 - their Gini index"
@@ -73,7 +74,8 @@ class BudgetSchedule:
     full:float=.3  # share of the steps that drop nothing
 
     def __post_init__(self):
-        if self.kind not in ('log_uniform', 'uniform'): raise ValueError(f"kind: got {self.kind!r}; accepted: 'log_uniform', 'uniform'")
+        if self.kind not in ('log_uniform', 'uniform'):
+            raise ValueError(f"kind: got {self.kind!r}; accepted: 'log_uniform', 'uniform'")
         check_int('low', self.low, 0); check_number('full', self.full, '0 <= full <= 1', lambda f: 0 <= f <= 1)
         if self.high is not None: check_int('high', self.high, max(1, self.low))
 
@@ -81,8 +83,10 @@ class BudgetSchedule:
         n:int  # tokens that the model has
     )->TopK|None:
         "The next step's budget, from Python's generator"
-        high, low, shift = min(n, self.high or n), min(n, self.low), self.low == 0  # the logarithm of 0 is none: k + 1 is drawn instead
-        k = random.uniform(low, high) if self.kind == 'uniform' else math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
+        # the logarithm of 0 is none: k + 1 is drawn instead
+        high, low, shift = min(n, self.high or n), min(n, self.low), self.low == 0
+        if self.kind == 'uniform': k = random.uniform(low, high)
+        else: k = math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
         return None if random.random() < self.full else TopK(round(k))
 
 # %% ../nbs/12_training.ipynb #c1411036
@@ -115,7 +119,8 @@ class SelfDistillation(Callback):
         if not self.training: return
         full, short = self.pred.detach().float().log_softmax(1), self.short.float().log_softmax(1)
         from_full = F.kl_div(short, full, log_target=True, reduction='batchmean')
-        self.learn.loss_grad = self.learn.loss_grad + (1 - self.weight)*self.loss_func(self.short, *self.yb) + self.weight*from_full
+        self.learn.loss_grad = self.learn.loss_grad + (1 - self.weight)*self.loss_func(self.short,
+            *self.yb) + self.weight*from_full
         self.learn.loss = self.learn.loss_grad.clone()
 
 # %% ../nbs/12_training.ipynb #75fae797
@@ -124,7 +129,8 @@ def autocast(
     precision:str  # 'float32' or 'bfloat16'
 )->torch.autocast:  # a context
     "bfloat16 where that is safe, or nothing"
-    if precision not in ('float32', 'bfloat16'): raise ValueError(f"precision: got {precision!r}; accepted: 'float32', 'bfloat16'")
+    if precision not in ('float32', 'bfloat16'):
+        raise ValueError(f"precision: got {precision!r}; accepted: 'float32', 'bfloat16'")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16')
 
 class BFloat16(Callback):
@@ -147,7 +153,8 @@ class FiniteLoss(Callback):
     def after_loss(self):
         if not self.training or self.learn.loss.isfinite(): return
         files = getattr(self.dl, 'last_files', lambda: ['its files are not known'])()
-        raise FloatingPointError(f'loss: got {self.learn.loss.item()} in epoch {self.epoch + 1}, step {self.iter + 1} of {self.n_iter}; accepted: a finite number. The batch: {", ".join(files)}')
+        raise FloatingPointError(f'loss: got {self.learn.loss.item()} in epoch {self.epoch + 1}, step {self.iter + 1} of '
+                                 f'{self.n_iter}; accepted: a finite number. The batch: {", ".join(files)}')
 
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits; what needs gates says so
@@ -165,7 +172,8 @@ def create_learner(
 def _random_states(learn):
     "The state of every random number generator that training draws from"
     kind, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(), loader=learn.dls.train.rng.getstate(),
+    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                loader=learn.dls.train.rng.getstate(),
                 cuda=torch.cuda.get_rng_state_all() if learn.dls.device.type == 'cuda' else [])
 
 def _set_random_states(learn, states):
@@ -180,7 +188,9 @@ def checkpoints(
     "Where the last checkpoint is, and the one before it"
     return [path, path.with_suffix(f'.old{path.suffix}')]
 
-def _is_log(log): return isinstance(log, list) and all(isinstance(e, dict) and set(e) == {'epoch', 'train_loss', 'train_accuracy', 'seconds'} and e['epoch'] == i for i, e in enumerate(log))
+def _is_log(log):
+    fields = {'epoch', 'train_loss', 'train_accuracy', 'seconds'}
+    return isinstance(log, list) and all(isinstance(e, dict) and set(e) == fields and e['epoch'] == i for i, e in enumerate(log))
 
 def _load_checkpoint(
     paths  # newest first
@@ -192,8 +202,11 @@ def _load_checkpoint(
             with zipfile.ZipFile(path) as z:
                 if bad := z.testzip(): raise ValueError(f'{bad} is damaged')  # its checksums, which torch does not look at
             saved = torch.load(path, map_location='cpu', weights_only=True)  # tensors and plain values, no program
-        except Exception as e: damage.append(f'{path} is no checkpoint: {(str(e) or type(e).__name__).splitlines()[0].split(". ")[0]}'); continue
-        if isinstance(saved, dict) and {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'} <= set(saved) and _is_log(saved['log']):
+        except Exception as e:
+            damage.append(f'{path} is no checkpoint: {(str(e) or type(e).__name__).splitlines()[0].split(". ")[0]}')
+            continue
+        fields = {'made_of', 'model', 'opt', 'log', 'random', 'smooth_loss'}
+        if isinstance(saved, dict) and fields <= set(saved) and _is_log(saved['log']):
             if damage: print(f'{damage[0]}; going on from {path}'); os.replace(path, paths[0])  # in the place of the damaged one
             return saved
         damage.append(f'{path} is no checkpoint')
@@ -201,21 +214,25 @@ def _load_checkpoint(
 
 # %% ../nbs/12_training.ipynb #823e1c77
 class Epochs(Callback):
-    "Log each epoch in `log`, keep a checkpoint, and begin no epoch that would end after the deadline, if it takes as long as the last"
+    "Log each epoch, keep a checkpoint, and begin no epoch that would end after the deadline if it took as long as the last"
     order = 80  # after the recorder, and after what skips the epochs that were done before
     def __init__(self,
         path:str|Path=None,  # the checkpoint; none is kept if None
         made_of:str='',  # what the run is made of: a checkpoint of anything else is refused
         deadline:float=math.inf  # as `time.time()` tells it, in seconds
-    ): self.path, self.made_of, self.deadline, self.log, self.saved, self.saved_epochs = path and Path(path), made_of, deadline, [], None, 0
+    ):
+        self.path, self.made_of, self.deadline = path and Path(path), made_of, deadline
+        self.log, self.saved, self.saved_epochs = [], None, 0
 
     def load(self, learn, epochs):
         "Go on from the last good checkpoint if there is one; the number of epochs done"
-        if self.path and num_distrib() > 1: raise ValueError(f'path: got {self.path} in one of {num_distrib()} processes; accepted: None, checkpoints are for a single one')
+        if self.path and num_distrib() > 1:
+            raise ValueError(f'path: got {self.path} in one of {num_distrib()} processes; accepted: None, checkpoints are for a single one')
         saved = self.path and _load_checkpoint(checkpoints(self.path))
         if not saved: return 0
         if saved['made_of'] != self.made_of or len(saved['log']) > epochs:
-            raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data, code, versions or number of threads (--jobs); name another --out, or delete it and {checkpoints(self.path)[1].name}')
+            raise ValueError(f'{self.path} is the checkpoint of a run with other settings, data, code, versions or number of '
+                             f'threads (--jobs); name another --out, or delete it and {checkpoints(self.path)[1].name}')
         learn.create_opt()
         learn.model.load_state_dict(saved['model']); learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
         self.log, self.saved, self.saved_epochs = saved['log'], saved, len(saved['log'])
@@ -245,11 +262,13 @@ class Epochs(Callback):
     def save(self):
         "Keep all that the next epoch goes on from"
         smooth = self.recorder.smooth_loss
-        state = dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log, random=_random_states(self.learn),
+        state = dict(made_of=self.made_of, model=self.model.state_dict(), opt=self.opt.state_dict()['state'], log=self.log,
+                     random=_random_states(self.learn),
                      smooth_loss=(smooth.count, float(smooth.val)))
         with replaced(*checkpoints(self.path)) as new:
             try: torch.save(state, new)
-            except RuntimeError as e: raise OSError(f'{self.path} cannot be written (is the disk full?): {str(e).splitlines()[0]}') from None
+            except RuntimeError as e:
+                raise OSError(f'{self.path} cannot be written (is the disk full?): {str(e).splitlines()[0]}') from None
         self.saved_epochs = len(self.log)
 
 # %% ../nbs/12_training.ipynb #92492228
@@ -259,9 +278,10 @@ def train(
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
     **checkpoint  # arguments of `Epochs`: path, made_of, deadline
-)->list[dict]:  # for each epoch: epoch, train_loss (fastai's running mean over batches, gate price included), train_accuracy, seconds
+)->list[dict]:  # for each epoch: epoch, train_loss (a running mean, gate price included), train_accuracy, seconds
     "Fit, and give back the log: shorter than `epochs` if the deadline came first"
-    if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
+    if schedule not in ('one_cycle', 'constant'):
+        raise ValueError(f"schedule: got {schedule!r}; accepted: 'one_cycle', 'constant'")
     check_int('epochs', epochs); check_number('lr', lr, '0 < lr < infinity', lambda x: 0 < x < math.inf)
     log = Epochs(**checkpoint)
     done = log.load(learn, epochs)
@@ -269,7 +289,8 @@ def train(
     try:
         if done < epochs: fit(epochs, lr, cbs=log, start_epoch=done)
     except (FloatingPointError, OSError) as e:
-        good = next((f'{p} is from epoch {log.saved_epochs}' for p in (checkpoints(log.path) if log.path else ()) if p.exists()), 'none')
+        good = next((f'{p} is from epoch {log.saved_epochs}' for p in (checkpoints(log.path) if log.path else ()) if p.exists()),
+                    'none')
         said = str(e).split('`:\n\t')[-1]  # fastai puts before it in which callback it was
         raise type(e)(f'{said}. The last good checkpoint: {good}') from None
     return log.log
@@ -280,15 +301,17 @@ def evaluate(
     model:VisionTransformer,
     loader,  # batches (x, y), in a fixed order
     budgets:list[TopK|Mass|None]=(None,)  # each is evaluated on the same tokens; None keeps all
-)->tuple[dict[str, np.ndarray], np.ndarray|None]:  # labels (n,); preds, confidence (the class's probability, float16) and lengths (budgets, n); and gates (n, N) or None
-    "One pass over the images, for all budgets"
+)->tuple[dict[str, np.ndarray], np.ndarray|None]:  # labels (n,); preds, confidence and lengths (budgets, n); and gates (n, N)
+    "One pass over the images, for all budgets; confidence is the probability of the class named, gates are None without a scorer"
     model.eval()
     said, gates = dict(labels=[], preds=[], confidence=[], lengths=[]), []
     for x, y in loader:
         tokens = model.embed(x)
         short = [model.reduce(tokens, keep) for keep in budgets]
         confidence, preds = torch.stack([model.head(model.encode(t)) for t in short]).float().softmax(-1).max(-1)
-        for name, value in dict(labels=y, preds=preds, confidence=confidence.half(), lengths=torch.stack([t.lengths + 1 for t in short])).items(): said[name].append(value.cpu())
+        lengths = torch.stack([t.lengths + 1 for t in short])
+        for name, value in dict(labels=y, preds=preds, confidence=confidence.half(), lengths=lengths).items():
+            said[name].append(value.cpu())
         if tokens.scores is not None: gates.append(tokens.scores.cpu())
     return {name: torch.cat(parts, -1).numpy() for name, parts in said.items()}, torch.cat(gates).numpy() if gates else None
 
@@ -299,10 +322,12 @@ def calibrate(
     dls:DataLoaders,  # its training images are looked at, in `dls.train`
     mean_length:float  # as the tables count it: the class token and what the reduction adds included
 )->Mass:
-    "The `Mass` budget whose mean length over the training images is what is asked (a little less near the full length, where some images drop nothing and have no rest token)"
+    "The `Mass` budget whose mean length over the training images is what is asked"
+    # a little less near the full length, where some images drop nothing and have no rest token
     model.eval()
     seen = [(t.scores, t.mask) for t in (model.tokenizer(x) for x, *_ in dls.train)]
-    if seen[0][0] is None: raise ValueError(f'model: got one of {type(model.tokenizer).__name__}; accepted: a model whose tokenizer gives gates')
+    if seen[0][0] is None:
+        raise ValueError(f'model: got one of {type(model.tokenizer).__name__}; accepted: a model whose tokenizer gives gates')
     width = max(mask.shape[1] for _, mask in seen)
     scores, mask = (torch.cat([F.pad(part.cpu(), (0, width - part.shape[1])) for part in parts]) for parts in zip(*seen))
     few = model.embed(next(iter(dls.train))[0])
@@ -312,5 +337,6 @@ def calibrate(
     keep = Mass.of_mean(scores, mask, mean_length - added)
     kept = chosen(few, keep).sum(1)
     if not torch.equal(model.reduce(few, keep).lengths, kept + (added - 1)*(kept < few.lengths)):
-        raise ValueError(f'model: got one whose {type(model.reduction).__name__} goes by other gates than the tokenizer\'s; accepted: a reduction that keeps what `Mass` chooses')
+        raise ValueError(f'model: got one whose {type(model.reduction).__name__} goes by other gates than the tokenizer\'s; '
+                         'accepted: a reduction that keeps what `Mass` chooses')
     return keep

@@ -64,15 +64,18 @@ class Attention(nn.Module):
         x = attend(*(h.transpose(1, 2) for h in (q, k, v)), mask=None if mask is None else mask[:, None, None])
         return self.proj(x.transpose(1, 2).flatten(2))
 
+# %% ../nbs/04_vit.ipynb #8af492ca
 def attend(
     q:Tensor,  # (B, h, M, d)
     k:Tensor,  # (B, h, N, d)
     v:Tensor,  # (B, h, N, d)
     mask:Tensor|None=None  # what broadcasts to (B, h, M, N), bool, True where a query may look
 )->Tensor:  # (B, h, M, d)
-    "Scaled dot-product attention; where a CPU trains in bfloat16 it is done in float32, since torch's backward pass is four times as fast so"
-    if q.device.type != 'cpu' or not (torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')): return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast('cpu', enabled=False): return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    "Scaled dot-product attention, in float32 where a CPU trains in bfloat16: torch's backward pass is four times as fast so"
+    if q.device.type != 'cpu' or not (torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast('cpu', enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
 
 def first_tokens(
     x:Tensor,  # (B, N, D), or (T, D) if packed
@@ -142,14 +145,17 @@ class Packing:
 
     def _by_kernel(self, q, k, v, first):
         starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) if first else self.starts
-        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, self.starts, 1 if first else self.lengths[-1], self.lengths[-1])
+        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, self.starts, 1 if first else self.lengths[-1],
+                           self.lengths[-1])
 
     def _by_runs(self, q, k, v, first):
         runs = Counter(self.lengths); tokens = [n*length for length, n in runs.items()]
         parts = zip(runs.values(), q.split(list(runs.values()) if first else tokens), k.split(tokens), v.split(tokens))
-        def together(n, *qkv): return attend(*(h.unflatten(0, (n, -1)).transpose(1, 2) for h in qkv)).transpose(1, 2).flatten(0, 1)
+        def together(n, *qkv):
+            return attend(*(h.unflatten(0, (n, -1)).transpose(1, 2) for h in qkv)).transpose(1, 2).flatten(0, 1)
         return torch.cat([together(*part) for part in parts])
 
+# %% ../nbs/04_vit.ipynb #12638149
 def pack(
     x:Tensor,  # (B, N, D)
     mask:Tensor  # (B, N) bool, True for a real token, the first of each row among them
@@ -171,7 +177,7 @@ class VisionTransformer(nn.Module):
         drop_rate:float=.1,  # dropout after the positions and after every linear layer of a block but qkv
         pos_embed:str='sinusoidal',  # 'sinusoidal' or 'learned'
         keep:TopK|Mass|None=None,  # the budget when a call names none; None keeps all tokens
-        reduction:nn.Module|None=None  # (`Tokens` with positions, budget) -> `Tokens`: what makes them fit; None drops and forgets (`select`)
+        reduction:nn.Module|None=None  # (`Tokens` with positions, budget) -> `Tokens`; None drops and forgets (`select`)
     ):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
@@ -192,7 +198,8 @@ class VisionTransformer(nn.Module):
         "A new head, untrained, on the device and in the precision of the model"
         check_int('num_classes', num_classes, 0)
         self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
-        self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(), nn.Linear(128, num_classes)).to(self.cls_token) if num_classes else nn.Identity()
+        self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(),
+                                  nn.Linear(128, num_classes)).to(self.cls_token) if num_classes else nn.Identity()
 
 # %% ../nbs/04_vit.ipynb #b058e8c2
 @patch
@@ -203,7 +210,8 @@ def embed(self:VisionTransformer,
     t = self.tokenizer(x)
     pos = self.pos_embed
     if t.x.shape[1] >= len(pos):  # a larger image than planned
-        if isinstance(pos, nn.Parameter): raise ValueError(f'images: got {t.x.shape[1]} tokens; accepted: up to {len(pos) - 1}, the learned positions')
+        if isinstance(pos, nn.Parameter):
+            raise ValueError(f'images: got {t.x.shape[1]} tokens; accepted: up to {len(pos) - 1}, the learned positions')
         pos = sinusoidal(1 + t.x.shape[1], t.x.shape[2]).to(pos)
     return replace(t, x=t.x + F.embedding(1 + t.index, pos))
 
