@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 import torch
 from torch.export import Dim
+from .select import check_keep
 from .files import replaced
 from .models import SigmaModel
 
@@ -25,8 +26,10 @@ def export_onnx(
     name = getattr(model, 'config', {}).get('name')
     if name not in _onnx: raise ValueError(f'model: got {name or type(model).__name__}; accepted: {", ".join(_onnx)}' + ', as ONNX has no eigenvalue decomposition'*(name == 'svd'))
     if model.training: raise ValueError('model: got one in training; accepted: one in evaluation, `model.eval()`')
+    check_keep(model.keep)
     try: import onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"{e.name} is not installed; pip install 'sigma_tokenizer[export]'") from None
+    if model.cls_token.dtype not in (torch.float32, torch.float16): raise ValueError(f'model: got {model.cls_token.dtype}; accepted: float32, float16')
     size, device = model.config['image_size'], model.cls_token.device
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.cls_token)
     program = torch.onnx.export(model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},), input_names=['images'], output_names=['logits'],
@@ -34,6 +37,9 @@ def export_onnx(
     program.model.metadata_props.update({k: json.dumps(v) for k, v in dict(classes=model.classes, normalize=model.normalize, keep=model.keep and vars(model.keep), **model.config).items()})
     with replaced(Path(path)) as new:
         program.save(new)
+        if (beside := new.with_name(new.name + '.data')).exists():  # torch puts the weights of a large model there
+            beside.unlink()
+            raise ValueError('model: got one too large for a single ONNX file; accepted: up to about 2 GB')
         run = onnxruntime.InferenceSession(new, providers=['CPUExecutionProvider']).run
         with torch.no_grad(): worst = max((torch.from_numpy(run(None, {'images': b.cpu().numpy()})[0]).to(device) - model(b)).abs().max().item() for b in (images, images[:1]))
         if not worst <= atol: raise RuntimeError(f'onnxruntime: a logit differs by {worst:.2g}; accepted: {atol}')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['list_models', 'list_pretrained', 'SigmaModel', 'create_model', 'Backbone', 'KeepK', 'KeepP', 'ModelConfig']
 
-# %% ../nbs/10_models.ipynb #8249d445
-import json, re
+# %% ../nbs/10_models.ipynb #bf05ac74
+import json, re, shutil, tempfile
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -19,18 +19,19 @@ from safetensors.torch import load_file, save
 from typing_extensions import NotRequired, TypedDict
 from .images import patches_per_side
 from .tokens import sinusoidal
-from .select import Mass, TopK
+from .select import Mass, TopK, check_keep
 from .stem import ConvTokenizer
 from .vit import PatchTokenizer, VisionTransformer
 from .fft import FFTTokenizer
 from .svd import SVDTokenizer
 from .msvd import Gated, MSVDTokenizer
 from .reduce import AttentionRestToken, BudgetGate, GumbelTopK, LayerRestToken, MergeDropped, Resampler, RestToken, StraightThroughGated
-from .files import read_json, replaced, strict
+from .files import checked, read_json, replaced, strict
 try: from huggingface_hub import ModelHubMixin
 except ImportError:
-    class ModelHubMixin:  # what it would add is said by the errors of `SigmaModel`
+    class ModelHubMixin:  # stands in its place, and says what is missing
         def __init_subclass__(cls, **kw): super().__init_subclass__()
+        def push_to_hub(self, *args, **kw): _with_hub('push_to_hub')
 
 # %% ../nbs/10_models.ipynb #b8feb810
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer, svd=SVDTokenizer, msvd=MSVDTokenizer,
@@ -44,8 +45,10 @@ def list_models()->list[str]:
     "The names that `create_model` takes"
     return list(_tokenizers)
 
-# %% ../nbs/10_models.ipynb #9b77c76e
-_library = dict(library_name='sigma_tokenizer', license='apache-2.0', tags=['image-classification', 'vision-transformer', 'image-tokenizer'], pipeline_tag='image-classification')
+# %% ../nbs/10_models.ipynb #3eddc0de
+_repo = 'https://github.com/sigma-tokenizer/sigma-image-tokenizer'
+_library = dict(library_name='sigma_tokenizer', license='apache-2.0', pipeline_tag='image-classification', repo_url=_repo, docs_url=_repo,
+                tags=['image-classification', 'vision-transformer', 'image-tokenizer'])
 _trained = files('sigma_tokenizer')/'weights'
 
 def list_pretrained()->list[str]:
@@ -58,9 +61,9 @@ class SigmaModel(VisionTransformer, ModelHubMixin, **_library):
     classes:list[str]|None = None  # names, in the order of the logits
     normalize:bool = True  # does it take images normalised by ImageNet's mean and standard deviation, or in [0, 1]?
 
-    def reset_classifier(self, num_classes):
+    def reset_classifier(self, num_classes, global_pool=None):
         "A new head, untrained, for other classes"
-        super().reset_classifier(num_classes)
+        super().reset_classifier(num_classes, global_pool)
         self.classes = None
         if hasattr(self, 'config'): self.config = self.config | dict(n_classes=num_classes)  # not while it is made
 
@@ -125,75 +128,106 @@ class ModelConfig(Backbone):
     filter_size:NotRequired[int|None]; energy:NotRequired[float|None]; band:NotRequired[str]; cut:NotRequired[str]; criterion:NotRequired[str]
     classes:NotRequired[list[str]|None]; normalize:NotRequired[bool]
 
-# %% ../nbs/10_models.ipynb #e12884ac
+# %% ../nbs/10_models.ipynb #54f4b4de
+def _plain(v):
+    "A number of numpy, or a fraction, as JSON takes it"
+    return v.item() if hasattr(v, 'item') else float(v)
+
+@patch
+def _save_pretrained(self:SigmaModel, folder):
+    "Write both files, whole or not at all, and only what `from_pretrained` will take; the configuration last"
+    if not hasattr(self, 'config'): raise ValueError('model: got one that was put together by hand; accepted: what `create_model` made')
+    check_keep(self.keep)
+    classes = None if self.classes is None else [str(c) for c in self.classes]
+    config = self.config | dict(keep=self.keep and dict(vars(self.keep)), classes=classes, normalize=bool(self.normalize))
+    config = _checked_config(json.loads(json.dumps(config, default=_plain)), 'model')
+    weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+    with torch.device('meta'): needed = create_model(**_made_of(config)).state_dict()
+    _check_weights(needed, weights, 'model')
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced(folder/'config.json') as said, replaced(folder/'model.safetensors') as file:  # the last is done first
+        file.write_bytes(save(weights, dict(format='pt')))
+        said.write_text(json.dumps(config, indent=1) + '\n')
+
 @patch
 def save_pretrained(self:SigmaModel,
     folder:str|Path,  # made if it is not there
     **hub  # arguments of `huggingface_hub.ModelHubMixin.save_pretrained`, which also writes a model card
 ):
     "Write weights and arguments"
-    if hub: return _with_hub(', '.join(hub)) and super(SigmaModel, self).save_pretrained(folder, **hub)
-    self._save_pretrained(Path(folder))
-
-@patch
-def _save_pretrained(self:SigmaModel, folder):
-    if self.classes is not None and len(self.classes) != self.config['n_classes']: raise ValueError(f'classes: got {len(self.classes)}; accepted: {self.config["n_classes"]} names, as many as logits')
-    folder.mkdir(parents=True, exist_ok=True)
-    config = self.config | dict(keep=self.keep and dict(vars(self.keep)), classes=self.classes and list(self.classes), normalize=self.normalize)
-    with replaced(folder/'model.safetensors') as weights, replaced(folder/'config.json') as said:
-        weights.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}, dict(format='pt')))
-        said.write_text(json.dumps(config, indent=1) + '\n')
+    folder = Path(folder)
+    self._save_pretrained(folder)
+    if not hub: return
+    _with_hub(', '.join(hub))
+    with tempfile.TemporaryDirectory() as tmp:  # the mixin begins by deleting config.json: not in the user's folder
+        there = Path(tmp)/folder.name
+        said = super(SigmaModel, self).save_pretrained(there, **hub)
+        if not (folder/'README.md').exists(): shutil.copy(there/'README.md', folder)
+    return said
 
 # %% ../nbs/10_models.ipynb #2bc5e6fa
 def _with_hub(what):
-    if hasattr(ModelHubMixin, 'push_to_hub'): return True
+    if hasattr(ModelHubMixin, '_save_pretrained'): return
     raise ImportError(f"{what}: huggingface_hub is not installed; pip install 'sigma_tokenizer[hub]', or name a folder")
 
 @patch(cls_method=True)
 def from_pretrained(cls:SigmaModel,
-    name:str|Path,  # a folder with `model.safetensors` and `config.json`, one of `list_pretrained()`, or the name of a model on the Hugging Face Hub
+    name:str|Path,  # a folder with `model.safetensors` and `config.json`, one of `list_pretrained()`, or a name on the Hugging Face Hub
     **hub  # for the Hub: revision, token, cache_dir, force_download, local_files_only
 )->SigmaModel:  # in evaluation mode, on the CPU
     "The model that `save_pretrained` wrote"
     if not isinstance(name, (str, Path)): raise ValueError(f'name: got {name!r}; accepted: the name of a model, or a folder')
-    if Path(name).is_dir(): return _load(Path(name))
-    if name in list_pretrained(): return _load(Path(str(_trained/name)))
-    hub_name = isinstance(name, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', name)
-    if not hub_name: raise FileNotFoundError(f'name: got {str(name)!r}, no folder; accepted: a folder, one of {list_pretrained()}, or a name on the Hugging Face Hub such as user/model')
-    return _with_hub(name) and cls._from_pretrained(model_id=name, **hub)
+    folder = Path(name) if str(name) and Path(name).is_dir() else Path(str(_trained/name)) if name in list_pretrained() else None
+    if folder and hub: raise ValueError(f'{", ".join(hub)}: got with the folder {folder}; accepted: with a name on the Hugging Face Hub')
+    if folder: return _load(cls, folder/'config.json', folder/'model.safetensors')
+    if not (isinstance(name, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', name)):
+        raise FileNotFoundError(f'name: got {str(name)!r}, no folder; accepted: a folder, one of {list_pretrained()}, '
+                                'or a name on the Hugging Face Hub such as user/model')
+    _with_hub(name)
+    return cls._from_pretrained(model_id=name, **hub)
 
 @patch(cls_method=True)
 def _from_pretrained(cls:SigmaModel, *, model_id, **hub):
-    "Fetch the two files, and nothing else"
+    "Fetch the two files of one commit, and nothing else"
     from huggingface_hub import hf_hub_download
-    return _load(*(Path(hf_hub_download(model_id, f, **hub)) for f in ('config.json', 'model.safetensors')))
+    config = Path(hf_hub_download(model_id, 'config.json', **hub))  # in snapshots/COMMIT
+    return _load(cls, config, Path(hf_hub_download(model_id, 'model.safetensors', **hub | dict(revision=config.parent.name))))
 
-# %% ../nbs/10_models.ipynb #6c23ffab
-def _load(
-    config_file:Path,  # or the folder of both
-    weights_file:Path=None
-):
-    if weights_file is None: config_file, weights_file = config_file/'config.json', config_file/'model.safetensors'
-    config = read_json(config_file, ModelConfig)
-    keep, classes, normalize = config.pop('keep', None), config.pop('classes', None), config.pop('normalize', config['name'] != 'fft')
-    if (n := (config['image_size']//config['patch_size'])**2) > 2**16: raise ValueError(f'{config_file}: image_size, patch_size: got {n} tokens; accepted: up to {2**16}')
-    if classes is not None and len(classes) != config['n_classes']: raise ValueError(f'{config_file}: classes: got {len(classes)}; accepted: {config["n_classes"]} names, as n_classes says')
+# %% ../nbs/10_models.ipynb #32d18041
+def _made_of(config): return {k: v for k, v in config.items() if k not in ('keep', 'classes', 'normalize')}  # the arguments of `create_model`
+
+def _checked_config(config, label):
+    "The configuration, if a model can be made of it"
+    config = checked(config, ModelConfig, label)
+    if (n := (config['image_size']//config['patch_size'])**2) > 2**16:
+        raise ValueError(f'{label}: image_size, patch_size: got {n} tokens; accepted: up to {2**16}')
+    if config.get('classes') is not None and len(config['classes']) != config['n_classes']:
+        raise ValueError(f'{label}: classes: got {len(config["classes"])}; accepted: {config["n_classes"]} names, as n_classes says')
+    return config
+
+def _load(cls, config_file, weights_file):
+    config = _checked_config(read_json(config_file, ModelConfig), config_file)
     with torch.device('meta'):
-        try: model = create_model(**config)
+        try: model = create_model(**_made_of(config))
         except ValueError as e: raise ValueError(f'{config_file}: {e}') from None
     try: weights = load_file(weights_file)
     except (SafetensorError, ValueError) as e: raise ValueError(f'{weights_file}: no safetensors file: {e}') from None
     _check_weights(model.state_dict(), weights, weights_file)
     model.load_state_dict(weights, assign=True)
-    if config['name'] != 'vit': model.pos_embed = sinusoidal(len(model.pos_embed), config['embed_dim']).to(model.cls_token.dtype)
-    model.keep, model.classes, model.normalize = keep and (TopK if 'k' in keep else Mass)(**keep), classes, normalize
+    model.__class__, keep = cls, config.get('keep')
+    with torch.device('cpu'):
+        if config['name'] != 'vit': model.pos_embed = sinusoidal(len(model.pos_embed), config['embed_dim']).to(model.cls_token)
+    model.keep = keep and (TopK if 'k' in keep else Mass)(**keep)
+    model.classes, model.normalize = config.get('classes'), config.get('normalize', config['name'] != 'fft')
     return model.eval()
 
-def _check_weights(needed, weights, file):
-    "Raise a `ValueError` unless the file has the weights that the model needs, and no others"
+def _check_weights(needed, weights, label):
+    "Raise a `ValueError` unless there are the weights that the model needs, and no others"
     def shape(tensors, k): return f'{list(tensors[k].shape)}' if k in tensors else 'none'
-    wrong = [f'{k}: got {shape(weights, k)}; accepted: {shape(needed, k)}' for k in sorted(set(needed) | set(weights)) if shape(weights, k) != shape(needed, k)]
+    wrong = [f'{k}: got {shape(weights, k)}; accepted: {shape(needed, k)}'
+             for k in sorted(set(needed) | set(weights)) if shape(weights, k) != shape(needed, k)]
     kinds = {weights[k].dtype for k in set(needed) & set(weights) if needed[k].is_floating_point()}
-    if len(kinds) > 1 or not all(k.is_floating_point for k in kinds): wrong.append(f'got {", ".join(sorted(map(str, kinds)))}; accepted: one floating point type')
+    if len(kinds) > 1 or not all(k.is_floating_point for k in kinds):
+        wrong.append(f'got {", ".join(sorted(map(str, kinds)))}; accepted: one floating point type')
     if not wrong: wrong = [f'{k}: got NaN or infinity; accepted: finite numbers' for k, v in weights.items() if not v.isfinite().all()]
-    if wrong: raise ValueError(f'{file}: ' + '; '.join(wrong[:3]) + f'; and {len(wrong) - 3} more'*(len(wrong) > 3))
+    if wrong: raise ValueError(f'{label}: ' + '; '.join(wrong[:3]) + f'; and {len(wrong) - 3} more'*(len(wrong) > 3))

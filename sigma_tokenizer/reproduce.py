@@ -128,7 +128,7 @@ def _all_runs(todo, configs, dataset, out, title, jobs, start, common):
 
 # %% ../nbs/15_reproduce.ipynb #4be1dea5
 def _is_done(out, job, weights):
-    return result_path(out, *job).exists() and (not weights or result_path(out, *job).with_suffix('').is_dir())
+    return result_path(out, *job).exists() and (not weights or (result_path(out, *job).with_suffix('')/'config.json').exists())
 
 def _device(device):
     "The device, tried"

@@ -26,7 +26,7 @@ from .select import Mass, TopK
 from .stem import ConvStem
 from .vit import Block, VisionTransformer
 from .files import read_toml, strict
-from .models import Backbone, create_model, list_models
+from .models import Backbone, SigmaModel, create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
 from .training import BFloat16, BudgetSchedule, GateLoss, RandomBudget, SelfDistillation
 from .training import calibrate, checkpoints, create_learner, evaluate, gini_index, train

@@ -41,11 +41,12 @@ def _build(name, size, num_classes=1000, img_size=None, in_chans=3, drop_rate=0.
         if len(set(img_size)) != 1: raise ValueError(f'img_size: got {tuple(img_size)}; accepted: square images')
         img_size = img_size[0]
     if name.endswith('_gated'): kw = dict(reduction='rest') | kw
-    return create_model(name, **size | dict(image_size=img_size or size['image_size']), n_classes=num_classes, drop_rate=drop_rate, **kw)
+    return create_model(name, **size | dict(image_size=img_size or size['image_size'], n_classes=num_classes, drop_rate=drop_rate) | kw)
 
 def _entry(entry, name, size):
     def make(pretrained:bool=False, **kw)->SigmaModel:
         model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry, pretrained, **kw)
+        model.pretrained_cfg['input_size'] = (3, model.config['image_size'], model.config['image_size'])  # of this model, for timm's data pipeline
         labels = model.pretrained_cfg.get('label_names')
         if pretrained and labels and len(labels) == model.num_classes: model.classes = list(labels)
         return model

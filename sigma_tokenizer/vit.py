@@ -193,10 +193,12 @@ class VisionTransformer(nn.Module):
         self.reset_classifier(n_classes)
 
     def reset_classifier(self,
-        num_classes:int  # classes; 0 for no head: the features come out
+        num_classes:int,  # classes; 0 for no head: the features come out
+        global_pool:str|None=None  # timm's: 'token' is all there is
     ):
         "A new head, untrained, on the device and in the precision of the model"
         check_int('num_classes', num_classes, 0)
+        if global_pool not in (None, 'token'): raise ValueError(f"global_pool: got {global_pool!r}; accepted: 'token', the class token's output")
         self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
         self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(),
                                   nn.Linear(128, num_classes)).to(self.cls_token) if num_classes else nn.Identity()
@@ -207,6 +209,8 @@ def embed(self:VisionTransformer,
     x:Tensor  # (B, 3, M, M) images
 )->Tokens:  # (B, N, D), every token of the tokenizer; position 0 is the class token's, so a token's is 1 + index
     "All tokens, each with the position of its place added"
+    if self.training and torch.compiler.is_exporting():
+        raise ValueError('export: got a model in training; accepted: one in evaluation, `model.eval()`')
     t = self.tokenizer(x)
     pos = self.pos_embed
     if t.x.shape[1] >= len(pos):  # a larger image than planned
@@ -276,3 +280,9 @@ def no_weight_decay(self:VisionTransformer
 )->set[str]:  # names of parameters
     "The class token, learned positions and learned queries: weight decay is for what multiplies, not for what is added"
     return {n for n, _ in self.named_parameters() if n in ('cls_token', 'pos_embed', 'reduction.queries')}
+
+@patch
+def get_classifier(self:VisionTransformer
+)->nn.Module:  # `nn.Identity` if there is none
+    "The head"
+    return self.head
