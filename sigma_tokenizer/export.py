@@ -22,26 +22,35 @@ def export_onnx(
     path:str|Path,  # of the file, which takes images (B, 3, M, M) and gives logits (B, n_classes), for any B
     atol:float=1e-4  # largest difference of a logit that is accepted
 )->float:  # the largest difference found
-    "Write an ONNX file, if onnxruntime gives the model's logits from it; with classes, normalisation and budget in its metadata"
+    "Write an ONNX file, if onnxruntime gives the model's logits from it; what the model is stands in its metadata"
     name = getattr(model, 'config', {}).get('name')
-    if name not in _onnx: raise ValueError(f'model: got {name or type(model).__name__}; accepted: {", ".join(_onnx)}' + ', as ONNX has no eigenvalue decomposition'*(name == 'svd'))
+    if name not in _onnx:
+        raise ValueError(f'model: got {name or type(model).__name__}; accepted: {", ".join(_onnx)}'
+                         + ', as ONNX has no eigenvalue decomposition'*(name == 'svd'))
     if model.training: raise ValueError('model: got one in training; accepted: one in evaluation, `model.eval()`')
     check_keep(model.keep)
     try: import onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"{e.name} is not installed; pip install 'sigma_tokenizer[export]'") from None
-    if model.cls_token.dtype not in (torch.float32, torch.float16): raise ValueError(f'model: got {model.cls_token.dtype}; accepted: float32, float16')
+    if model.cls_token.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f'model: got {model.cls_token.dtype}; accepted: float32, float16')
     size, device = model.config['image_size'], model.cls_token.device
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.cls_token)
-    program = torch.onnx.export(model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},), input_names=['images'], output_names=['logits'],
+    program = torch.onnx.export(model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},),
+                                input_names=['images'], output_names=['logits'],
                                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort}, verbose=False)
-    program.model.metadata_props.update({k: json.dumps(v) for k, v in dict(classes=model.classes, normalize=model.normalize, keep=model.keep and vars(model.keep), **model.config).items()})
+    program.model.metadata_props.update({
+        k: json.dumps(v) for k, v in dict(classes=model.classes, normalize=model.normalize,
+                                          keep=model.keep and vars(model.keep), **model.config).items()})
     with replaced(Path(path)) as new:
         program.save(new)
         if (beside := new.with_name(new.name + '.data')).exists():  # torch puts the weights of a large model there
             beside.unlink()
             raise ValueError('model: got one too large for a single ONNX file; accepted: up to about 2 GB')
         run = onnxruntime.InferenceSession(new, providers=['CPUExecutionProvider']).run
-        with torch.no_grad(): worst = max((torch.from_numpy(run(None, {'images': b.cpu().numpy()})[0]).to(device) - model(b)).abs().max().item() for b in (images, images[:1]))
+        with torch.no_grad():
+            worst = max(
+                (torch.from_numpy(run(None, {'images': b.cpu().numpy()})[0]).to(device) - model(b)).abs().max().item()
+                for b in (images, images[:1]))
         if not worst <= atol: raise RuntimeError(f'onnxruntime: a logit differs by {worst:.2g}; accepted: {atol}')
     return worst
 
@@ -49,5 +58,6 @@ def _stable_sort(x, stable=None, dim=-1, descending=False):
     "aten.sort.stable in ONNX"
     from onnxscript import opset18 as op
     small = x.dtype.name in ('BOOL', 'UINT8')  # of which onnxruntime sorts none
-    values, places = op.TopK(op.Cast(x, to=6) if small else x, op.Gather(op.Shape(x), [dim % len(x.shape)]), axis=dim, largest=int(descending), sorted=1)
+    values, places = op.TopK(op.Cast(x, to=6) if small else x, op.Gather(op.Shape(x), [dim % len(x.shape)]),
+                             axis=dim, largest=int(descending), sorted=1)
     return op.CastLike(values, x), places

@@ -25,7 +25,8 @@ from .vit import PatchTokenizer, VisionTransformer
 from .fft import FFTTokenizer
 from .svd import SVDTokenizer
 from .msvd import Gated, MSVDTokenizer
-from .reduce import AttentionRestToken, BudgetGate, GumbelTopK, LayerRestToken, MergeDropped, Resampler, RestToken, StraightThroughGated
+from .reduce import (AttentionRestToken, BudgetGate, GumbelTopK, LayerRestToken, MergeDropped, Resampler,
+                                    RestToken, StraightThroughGated)
 from .files import checked, read_json, replaced, strict
 try: from huggingface_hub import ModelHubMixin
 except ImportError:
@@ -37,9 +38,12 @@ except ImportError:
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer, svd=SVDTokenizer, msvd=MSVDTokenizer,
                    msvd_gated=MSVDTokenizer, vit_conv_gated=ConvTokenizer)
 _gates = dict(plain=Gated, straight_through=StraightThroughGated)
-_reductions = {None: lambda dim, n, heads: None, 'rest': lambda dim, n, heads: RestToken(dim), 'layer_rest': lambda dim, n, heads: LayerRestToken(dim),
-               'attention_rest': lambda dim, n, heads: AttentionRestToken(dim), 'merge': lambda dim, n, heads: MergeDropped(),
-               'resample': lambda dim, n, heads: Resampler(dim, n, heads), 'budget_gate': lambda dim, n, heads: BudgetGate(RestToken(dim), dim), 'gumbel': lambda dim, n, heads: GumbelTopK(RestToken(dim))}
+_reductions = {None: lambda dim, n, heads: None, 'rest': lambda dim, n, heads: RestToken(dim),
+               'layer_rest': lambda dim, n, heads: LayerRestToken(dim),
+               'attention_rest': lambda dim, n, heads: AttentionRestToken(dim),
+               'merge': lambda dim, n, heads: MergeDropped(), 'resample': lambda dim, n, heads: Resampler(dim, n, heads),
+               'budget_gate': lambda dim, n, heads: BudgetGate(RestToken(dim), dim),
+               'gumbel': lambda dim, n, heads: GumbelTopK(RestToken(dim))}
 
 def list_models()->list[str]:
     "The names that `create_model` takes"
@@ -47,8 +51,8 @@ def list_models()->list[str]:
 
 # %% ../nbs/10_models.ipynb #3eddc0de
 _repo = 'https://github.com/sigma-tokenizer/sigma-image-tokenizer'
-_library = dict(library_name='sigma_tokenizer', license='apache-2.0', pipeline_tag='image-classification', repo_url=_repo, docs_url=_repo,
-                tags=['image-classification', 'vision-transformer', 'image-tokenizer'])
+_library = dict(library_name='sigma_tokenizer', license='apache-2.0', pipeline_tag='image-classification',
+                repo_url=_repo, docs_url=_repo, tags=['image-classification', 'vision-transformer', 'image-tokenizer'])
 _trained = files('sigma_tokenizer')/'weights'
 
 def list_pretrained()->list[str]:
@@ -82,25 +86,30 @@ def create_model(
     **kw  # the tokenizer's own: filter_size, energy, band (fft); energy, criterion (svd); keep, gate (gated models)
 )->'SigmaModel':
     "A model, untrained; without further arguments the size of ViT-B"
-    if not isinstance(name, str) or name not in _tokenizers: raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
+    if not isinstance(name, str) or name not in _tokenizers:
+        raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
     patches_per_side(image_size, patch_size)
     make, gated = _tokenizers[name], name.endswith('_gated')
     accepted = [r for r in _reductions if r is None or (name not in ('fft', 'svd') if r == 'resample' else gated)]
-    if reduction not in accepted: raise ValueError(f'reduction: got {reduction!r}; accepted for {name}: {", ".join(map(str, accepted))}')
+    if reduction not in accepted:
+        raise ValueError(f'reduction: got {reduction!r}; accepted for {name}: {", ".join(map(str, accepted))}')
     keep = {'keep': kw.pop('keep')} if gated and 'keep' in kw else {}
     gate = kw.pop('gate', 'plain') if gated else 'plain'
     if gate not in _gates: raise ValueError(f'gate: got {gate!r}; accepted: {", ".join(_gates)}')
     args = dict(image_size=image_size, patch_size=patch_size, embed_dim=embed_dim)
     own = [k for k in signature(make).parameters if k not in args]
     if unknown := set(kw) - set(own):
-        accepted = [*(k for k in signature(create_model).parameters if k not in ('name', 'kw')), *own, *['keep', 'gate']*gated]
+        accepted = [*(k for k in signature(create_model).parameters if k not in ('name', 'kw')), *own,
+                    *['keep', 'gate']*gated]
         raise ValueError(f'{", ".join(sorted(unknown))}: not an argument of {name}; accepted: {", ".join(accepted)}')
     if name == 'svd': args.pop('patch_size')
     tokenizer = make(**args, **kw)
     model = SigmaModel(_gates[gate](tokenizer) if gated else tokenizer, n_classes, depth, num_heads, mlp_ratio, drop_rate,
-                       pos_embed='learned' if name == 'vit' else 'sinusoidal', reduction=_reductions[reduction](embed_dim, tokenizer.n_tokens, num_heads), **keep)
-    model.config = dict(name=name, image_size=image_size, n_classes=n_classes, embed_dim=embed_dim, patch_size=patch_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                        drop_rate=drop_rate, reduction=reduction, **kw, **({'gate': gate} if gated else {}))
+                       pos_embed='learned' if name == 'vit' else 'sinusoidal',
+                       reduction=_reductions[reduction](embed_dim, tokenizer.n_tokens, num_heads), **keep)
+    model.config = dict(name=name, image_size=image_size, n_classes=n_classes, embed_dim=embed_dim, patch_size=patch_size,
+                        depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_rate=drop_rate, reduction=reduction,
+                        **kw, **({'gate': gate} if gated else {}))
     model.normalize = name != 'fft'
     return model
 
@@ -109,7 +118,8 @@ class Backbone(TypedDict):
     "The size of a model"
     __pydantic_config__ = strict
     image_size:Annotated[int, Field(ge=1, le=2**13)]; patch_size:Annotated[int, Field(ge=1, le=2**10)]
-    embed_dim:Annotated[int, Field(ge=1, le=2**14)]; depth:Annotated[int, Field(ge=1, le=2**10)]; num_heads:Annotated[int, Field(ge=1, le=2**10)]
+    embed_dim:Annotated[int, Field(ge=1, le=2**14)]; depth:Annotated[int, Field(ge=1, le=2**10)]
+    num_heads:Annotated[int, Field(ge=1, le=2**10)]
     mlp_ratio:NotRequired[Annotated[float, Field(gt=0, le=2**6)]]; drop_rate:NotRequired[Annotated[float, Field(ge=0, lt=1)]]
 
 class KeepK(TypedDict):
@@ -124,8 +134,10 @@ class ModelConfig(Backbone):
     "What `config.json` holds: arguments of `create_model`, and what the model was trained on"
     __pydantic_config__ = strict
     name:Literal[tuple(_tokenizers)]; n_classes:Annotated[int, Field(ge=0, le=2**20)]
-    reduction:NotRequired[Literal[tuple(_reductions)]]; keep:NotRequired[KeepK|KeepP|None]; gate:NotRequired[Literal[tuple(_gates)]]
-    filter_size:NotRequired[int|None]; energy:NotRequired[float|None]; band:NotRequired[str]; cut:NotRequired[str]; criterion:NotRequired[str]
+    reduction:NotRequired[Literal[tuple(_reductions)]]
+    keep:NotRequired[KeepK|KeepP|None]; gate:NotRequired[Literal[tuple(_gates)]]
+    filter_size:NotRequired[int|None]; energy:NotRequired[float|None]
+    band:NotRequired[str]; cut:NotRequired[str]; criterion:NotRequired[str]
     classes:NotRequired[list[str]|None]; normalize:NotRequired[bool]
 
 # %% ../nbs/10_models.ipynb #54f4b4de
@@ -136,7 +148,8 @@ def _plain(v):
 @patch
 def _save_pretrained(self:SigmaModel, folder):
     "Write both files, whole or not at all, and only what `from_pretrained` will take; the configuration last"
-    if not hasattr(self, 'config'): raise ValueError('model: got one that was put together by hand; accepted: what `create_model` made')
+    if not hasattr(self, 'config'):
+        raise ValueError('model: got one that was put together by hand; accepted: what `create_model` made')
     check_keep(self.keep)
     classes = None if self.classes is None else [str(c) for c in self.classes]
     config = self.config | dict(keep=self.keep and dict(vars(self.keep)), classes=classes, normalize=bool(self.normalize))
@@ -177,8 +190,10 @@ def from_pretrained(cls:SigmaModel,
 )->SigmaModel:  # in evaluation mode, on the CPU
     "The model that `save_pretrained` wrote"
     if not isinstance(name, (str, Path)): raise ValueError(f'name: got {name!r}; accepted: the name of a model, or a folder')
-    folder = Path(name) if str(name) and Path(name).is_dir() else Path(str(_trained/name)) if name in list_pretrained() else None
-    if folder and hub: raise ValueError(f'{", ".join(hub)}: got with the folder {folder}; accepted: with a name on the Hugging Face Hub')
+    folder = (Path(name) if str(name) and Path(name).is_dir()
+              else Path(str(_trained/name)) if name in list_pretrained() else None)
+    if folder and hub:
+        raise ValueError(f'{", ".join(hub)}: got with the folder {folder}; accepted: with a name on the Hugging Face Hub')
     if folder: return _load(cls, folder/'config.json', folder/'model.safetensors')
     if not (isinstance(name, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', name)):
         raise FileNotFoundError(f'name: got {str(name)!r}, no folder; accepted: a folder, one of {list_pretrained()}, '
@@ -191,10 +206,12 @@ def _from_pretrained(cls:SigmaModel, *, model_id, **hub):
     "Fetch the two files of one commit, and nothing else"
     from huggingface_hub import hf_hub_download
     config = Path(hf_hub_download(model_id, 'config.json', **hub))  # in snapshots/COMMIT
-    return _load(cls, config, Path(hf_hub_download(model_id, 'model.safetensors', **hub | dict(revision=config.parent.name))))
+    return _load(cls, config,
+                 Path(hf_hub_download(model_id, 'model.safetensors', **hub | dict(revision=config.parent.name))))
 
-# %% ../nbs/10_models.ipynb #32d18041
-def _made_of(config): return {k: v for k, v in config.items() if k not in ('keep', 'classes', 'normalize')}  # the arguments of `create_model`
+# %% ../nbs/10_models.ipynb #3e6ace78
+# the arguments of `create_model`
+def _made_of(config): return {k: v for k, v in config.items() if k not in ('keep', 'classes', 'normalize')}
 
 def _checked_config(config, label):
     "The configuration, if a model can be made of it"
@@ -202,7 +219,8 @@ def _checked_config(config, label):
     if (n := (config['image_size']//config['patch_size'])**2) > 2**16:
         raise ValueError(f'{label}: image_size, patch_size: got {n} tokens; accepted: up to {2**16}')
     if config.get('classes') is not None and len(config['classes']) != config['n_classes']:
-        raise ValueError(f'{label}: classes: got {len(config["classes"])}; accepted: {config["n_classes"]} names, as n_classes says')
+        raise ValueError(f'{label}: classes: got {len(config["classes"])}; accepted: {config["n_classes"]} names, '
+                         'as n_classes says')
     return config
 
 def _load(cls, config_file, weights_file):
@@ -216,7 +234,8 @@ def _load(cls, config_file, weights_file):
     model.load_state_dict(weights, assign=True)
     model.__class__, keep = cls, config.get('keep')
     with torch.device('cpu'):
-        if config['name'] != 'vit': model.pos_embed = sinusoidal(len(model.pos_embed), config['embed_dim']).to(model.cls_token)
+        if config['name'] != 'vit':
+            model.pos_embed = sinusoidal(len(model.pos_embed), config['embed_dim']).to(model.cls_token)
     model.keep = keep and (TopK if 'k' in keep else Mass)(**keep)
     model.classes, model.normalize = config.get('classes'), config.get('normalize', config['name'] != 'fft')
     return model.eval()
@@ -229,5 +248,6 @@ def _check_weights(needed, weights, label):
     kinds = {weights[k].dtype for k in set(needed) & set(weights) if needed[k].is_floating_point()}
     if len(kinds) > 1 or not all(k.is_floating_point for k in kinds):
         wrong.append(f'got {", ".join(sorted(map(str, kinds)))}; accepted: one floating point type')
-    if not wrong: wrong = [f'{k}: got NaN or infinity; accepted: finite numbers' for k, v in weights.items() if not v.isfinite().all()]
+    if not wrong:
+        wrong = [f'{k}: got NaN or infinity; accepted: finite numbers' for k, v in weights.items() if not v.isfinite().all()]
     if wrong: raise ValueError(f'{label}: ' + '; '.join(wrong[:3]) + f'; and {len(wrong) - 3} more'*(len(wrong) > 3))

@@ -59,16 +59,20 @@ def draw_kept(
     from matplotlib.figure import Figure
     g = math.isqrt(len(p.kept))
     def grid(v): return F.interpolate(v.float().view(1, 1, g, g), image.shape[1:])[0]
-    panels = [('image', image.movedim(0, -1)), *([('gates, black 0, white 1', p.gates.view(g, g))] if p.gates is not None else []),
-              (f'read: {int(p.kept.sum())} of {len(p.kept)} patches' + ' + rest'*p.rest, (image*(.2 + .8*grid(p.kept))).movedim(0, -1))]
+    panels = [('image', image.movedim(0, -1)),
+              *([('gates, black 0, white 1', p.gates.view(g, g))] if p.gates is not None else []),
+              (f'read: {int(p.kept.sum())} of {len(p.kept)} patches' + ' + rest'*p.rest,
+               (image*(.2 + .8*grid(p.kept))).movedim(0, -1))]
     fig = Figure(figsize=(2.4*len(panels), 2.8), dpi=100, layout='constrained')
-    for ax, (said, im) in zip(fig.subplots(1, len(panels)), panels): ax.imshow(im, cmap='gray', vmin=0, vmax=1); ax.set_title(said, fontsize=9); ax.axis('off')
+    for ax, (said, im) in zip(fig.subplots(1, len(panels)), panels):
+        ax.imshow(im, cmap='gray', vmin=0, vmax=1); ax.set_title(said, fontsize=9); ax.axis('off')
     fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../nbs/28_pretrained.ipynb #35040158
 def _budget(keep, mass):
-    if keep is not None and mass is not None: raise ValueError(f'--keep, --mass: got {keep} and {mass}; accepted: one of them')
+    if keep is not None and mass is not None:
+        raise ValueError(f'--keep, --mass: got {keep} and {mass}; accepted: one of them')
     return TopK(keep) if keep is not None else Mass(mass) if mass is not None else 'default'
 
 def _pictures(files, out):
@@ -90,7 +94,9 @@ def predict_files(
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
     size, files = model.config['image_size'], [Path(f) for f in files]
     if not model.num_classes: raise ValueError('model: got one without a head; accepted: one with classes')
-    if model.config['name'] in ('fft', 'svd'): raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose tokens are patches, so that what was kept can be drawn')
+    if model.config['name'] in ('fft', 'svd'):
+        raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose tokens are patches, '
+                         'so that what was kept can be drawn')
     pictures, bad = _pictures(files, out), 0
     for file, picture in zip(files, pictures):
         got = [decode(file, side) for side in (size, 256)]
@@ -111,12 +117,16 @@ def sigma_predict(
     "Say what is in images, from a few of their tokens, and draw which"
     parser = ArgumentParser('sigma_predict', description=sigma_predict.__doc__)
     parser.add_argument('images', nargs='+', help='image files')
-    parser.add_argument('--keep', type=int, help="tokens to keep, those with the highest gates (default: the model's own budget, or all)")
+    parser.add_argument('--keep', type=int,
+                        help="tokens to keep, those with the highest gates (default: the model's own budget, or all)")
     parser.add_argument('--mass', type=float, help="instead: keep as many as hold this share of the gates' sum")
-    parser.add_argument('--model', default='msvd_short_intel64', help='a trained model of the package, a folder of yours, or a name on the Hugging Face Hub (default: %(default)s)')
+    parser.add_argument('--model', default='msvd_short_intel64',
+                        help='a trained model of the package, a folder of yours, or a name on the Hugging Face Hub '
+                             '(default: %(default)s)')
     parser.add_argument('--out', default='.', help='folder of the pictures (default: the current one)')
     a = parser.parse_args(args)
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')  # a name that the terminal cannot show
+    # a name that the terminal cannot show
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     try: bad = predict_files(a.images, SigmaModel.from_pretrained(a.model), _budget(a.keep, a.mass), a.out)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'sigma_predict: {e}')
     sys.exit(int(bad > 0))

@@ -20,8 +20,9 @@ def _names(): return {f'sigma_{name}_{size}': (name, _sizes[size]) for name in l
 def _cfg(name, size, **kw):
     "What timm's data pipeline and its loading of weights want to know"
     raw = name == 'fft'
-    return dict(num_classes=1000, input_size=(3, size, size), pool_size=None, fixed_input_size=True, interpolation='bilinear', crop_pct=1., crop_mode='squash',
-                mean=(0., 0., 0.) if raw else (.485, .456, .406), std=(1., 1., 1.) if raw else (.229, .224, .225), classifier='head.2', license='apache-2.0') | kw
+    return dict(num_classes=1000, input_size=(3, size, size), pool_size=None, fixed_input_size=True,
+                interpolation='bilinear', crop_pct=1., crop_mode='squash', mean=(0., 0., 0.) if raw else (.485, .456, .406),
+                std=(1., 1., 1.) if raw else (.229, .224, .225), classifier='head.2', license='apache-2.0') | kw
 
 def _trained(entry):
     "The tag and configuration of each trained model of the package that this entry can load"
@@ -29,9 +30,13 @@ def _trained(entry):
     for p in list_pretrained():
         folder = files('sigma_tokenizer')/'weights'/p; config = read_json(folder/'config.json', ModelConfig)
         if config['name'] == name and all(config[k] == v for k, v in size.items()):
-            yield f'{entry}.{p.split("_")[-1]}', _cfg(name, size['image_size'], num_classes=config['n_classes'], label_names=tuple(config['classes']), file=str(folder/'model.safetensors'))
+            yield f'{entry}.{p.split("_")[-1]}', _cfg(name, size['image_size'], num_classes=config['n_classes'],
+                                                      label_names=tuple(config['classes']),
+                                                      file=str(folder/'model.safetensors'))
 
-default_cfgs = generate_default_cfgs({k: v for entry, (name, size) in _names().items() for k, v in (dict(_trained(entry)) or {f'{entry}.untrained': _cfg(name, size['image_size'])}).items()})
+default_cfgs = generate_default_cfgs({
+    k: v for entry, (name, size) in _names().items()
+    for k, v in (dict(_trained(entry)) or {f'{entry}.untrained': _cfg(name, size['image_size'])}).items()})
 
 # %% ../nbs/29_timm.ipynb #8acaa97b
 def _build(name, size, num_classes=1000, img_size=None, in_chans=3, drop_rate=0., **kw):
@@ -41,12 +46,14 @@ def _build(name, size, num_classes=1000, img_size=None, in_chans=3, drop_rate=0.
         if len(set(img_size)) != 1: raise ValueError(f'img_size: got {tuple(img_size)}; accepted: square images')
         img_size = img_size[0]
     if name.endswith('_gated'): kw = dict(reduction='rest') | kw
-    return create_model(name, **size | dict(image_size=img_size or size['image_size'], n_classes=num_classes, drop_rate=drop_rate) | kw)
+    return create_model(name, **size | dict(image_size=img_size or size['image_size'], n_classes=num_classes,
+                                            drop_rate=drop_rate) | kw)
 
 def _entry(entry, name, size):
     def make(pretrained:bool=False, **kw)->SigmaModel:
         model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry, pretrained, **kw)
-        model.pretrained_cfg['input_size'] = (3, model.config['image_size'], model.config['image_size'])  # of this model, for timm's data pipeline
+        # of this model, for timm's data pipeline
+        model.pretrained_cfg['input_size'] = (3, model.config['image_size'], model.config['image_size'])
         labels = model.pretrained_cfg.get('label_names')
         if pretrained and labels and len(labels) == model.num_classes: model.classes = list(labels)
         return model
