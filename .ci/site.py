@@ -5,10 +5,11 @@
 Sidebar and nbs/ name the same notebooks. Links in the notebooks and in *.md lead to files and headings that exist, and `05_fft` in a notebook to that notebook. A notebook begins with a cell of title and
 subtitle and nothing else, since nbdev leaves out what else it holds. Below each picture stands its caption, in italics. No output is a warning or names a path of one machine. The repository's address is that of settings.ini everywhere.
 """
-import configparser, json, re, sys
+import configparser, json, re, sys, tempfile
 from pathlib import Path
 
 root, wrong, pictures = Path(__file__).resolve().parent.parent, [], re.compile('image/(png|jpeg|svg)')
+here = re.compile('ipykernel_|' + '|'.join(re.escape(f'{p}/') for p in (root.parent, Path.home(), tempfile.gettempdir())))  # paths of this machine
 ini = configparser.ConfigParser(delimiters=['=']); ini.read(root/'settings.ini', encoding='utf-8'); repo = ini['DEFAULT']['git_url']
 books = {p.stem: [(c, ''.join(c['source'])) for c in json.loads(p.read_text(encoding='utf-8'))['cells']] for p in sorted((root/'nbs').glob('*.ipynb'))}
 read = lambda name: (root/name).read_text(encoding='utf-8')
@@ -45,7 +46,7 @@ for book, cells in books.items():
                 if name not in books: say(path.name, f'`{name}`: no such notebook')
             for name in re.findall(r'\]\(\.\./(results/[^)\s]+\.png)\)', text):  # nbs/links.lua leads to its name beside the pages
                 if (root/'nbs'/Path(name).name).resolve() != root/name: say(path.name, f'{name}: nbs/{Path(name).name} is no link to it')
-        elif any(o.get('name') == 'stderr' or re.search('/root/|/tmp/|/work/|ipykernel_', json.dumps(o.get('text', ''))) for o in cell['outputs']): say(path.name, f'a warning, or a path of one machine, is stored: {text.splitlines()[0][:90]!r}')
+        elif any(o.get('name') == 'stderr' or here.search(json.dumps(o.get('text', ''))) for o in cell['outputs']): say(path.name, f'a warning, or a path of one machine, is stored: {text.splitlines()[0][:90]!r}')
         elif any(pictures.match(k) for o in cell['outputs'] for k in o.get('data', {})) and not any(caption(*c) for c in near):
             say(path.name, f'a picture without a caption: {text.splitlines()[-1][:90]!r}')
 
