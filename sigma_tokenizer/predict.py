@@ -111,6 +111,7 @@ def predict_files(
         print(f'{file}: {p.label} {p.probability:.2f}, {tokens}, {picture}')
     return bad
 
+# %% ../nbs/28_pretrained.ipynb #17753671
 def sigma_predict(
     args:list[str]=None  # the command line's if None
 ):
