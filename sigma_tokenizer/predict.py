@@ -10,7 +10,6 @@ import math, sys
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,8 +93,8 @@ def predict_files(
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
     size, files = model.config['image_size'], [Path(f) for f in files]
     if not model.num_classes: raise ValueError('model: got one without a head; accepted: one with classes')
-    if model.config['name'] in ('fft', 'svd'):
-        raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose tokens are patches, '
+    if (name := model.config['name']) in ('fft', 'svd') or model.config['reduction'] == 'resample':
+        raise ValueError(f'model: got {name}, reduction={model.config["reduction"]}; accepted: a model whose tokens are patches, '
                          'so that what was kept can be drawn')
     pictures, bad = _pictures(files, out), 0
     for file, picture in zip(files, pictures):
