@@ -1,8 +1,4 @@
 __version__ = "0.1.0"
 
 from .models import SigmaModel, create_model, list_models, list_pretrained
-from .select import Mass, TopK
-
-try: import timm
-except ImportError: pass
-else: from . import timm_models  # registers our models there
+from .select import TopK, TopP

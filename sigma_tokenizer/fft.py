@@ -11,8 +11,8 @@ import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .images import patches_per_side, check_finite, check_images, check_int, check_number
-from .tokens import Tokens, full_tokens
+from .tokens import (Tokens, check_finite, check_images, check_int, check_number, full_tokens,
+                                    patches_per_side)
 from .stem import ConvStem
 
 # %% ../nbs/05_fft.ipynb #816ba8c3
@@ -29,11 +29,9 @@ def log_spectrum(
 
 def crop(
     f:Tensor,  # (..., M, M)
-    s:int  # side to keep, even, at most M
+    s:int  # side to keep, at most M
 )->Tensor:  # (..., s, s)
     "The centred square: in a shifted spectrum, the frequencies from -s/2 to s/2 - 1 along both axes"
-    check_int('s', s)
-    if s > f.shape[-1]: raise ValueError(f's: got {s}; accepted: 1 to {f.shape[-1]}')
     lo = (f.shape[-1] - s)//2
     return f[..., lo:lo+s, lo:lo+s]
 
@@ -44,9 +42,8 @@ def energy_side(
     step:int=16  # sides are multiples of this, a divisor of M
 )->Tensor:  # (B,) int64 sides
     "The smallest side whose centred square holds at least a share `p` of each spectrum's energy, the sum of squares"
-    check_finite('f', f)
-    M = f.shape[-1]; check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1); check_int('step', step); p = float(p)
-    if M % step: raise ValueError(f'step: got {step}; accepted: a divisor of the side, {M}')
+    check_number('p', p, '0 < p <= 1', lambda p: 0 < p <= 1)
+    M, p = f.shape[-1], float(p)
     table = F.pad(f.double().square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))
     s = torch.arange(step, M + 1, step, device=f.device)
     lo = (M - s)//2; hi = lo + s
@@ -59,8 +56,6 @@ def radial_bins(
     patch_size:int  # a bin holds as many frequencies as a square of this side, a divisor of s
 )->Tensor:  # (B, C*patch_size^2, (s/patch_size)^2), from the centre outwards
     "The frequencies by distance from the centre (ties row by row), in bins of equal count"
-    check_int('patch_size', patch_size)
-    if f.shape[-1] % patch_size: raise ValueError(f'patch_size: got {patch_size}; accepted: a divisor of the side, {f.shape[-1]}')
     d = torch.arange(f.shape[-1], device=f.device) - f.shape[-1]//2
     outwards = (d[:, None]**2 + d**2).flatten().argsort(stable=True)
     return f.flatten(2)[..., outwards].unflatten(-1, (-1, patch_size**2)).transpose(2, 3).flatten(1, 2)
@@ -72,18 +67,17 @@ class FFTTokenizer(nn.Module):
         image_size:int=256,  # side M of the images, in pixels
         patch_size:int=16,  # side of the square of frequencies that becomes one token, a power of two
         embed_dim:int=768,  # width D of a token
-        filter_size:int=None,  # static: the side s of the square, a multiple of `patch_size`; M if neither is given
-        energy:float=None,  # dynamic: the share p of the log-scaled spectrum's energy that each image's square holds, 0 < p <= 1
-        band:str='low',  # 'low', or 'high': the same crop of the unshifted spectrum, whose centre is its highest frequencies
-        cut:str='stem'  # how the square becomes tokens: 'stem', or without any convolution 'patches' or 'radial_bins'
+        filter_size:int=None,  # static: side s of the square, a multiple of patch_size; M if neither is given
+        energy:float=None,  # dynamic: share of the spectrum's energy that each image's square holds, 0 < p <= 1
+        band:str='low',  # 'low', or 'high': the centre of the unshifted spectrum, its highest frequencies
+        cut:str='stem'  # how the square becomes tokens: 'stem', or without convolutions 'patches', 'radial_bins'
     ):
         super().__init__()
         self.n_tokens = patches_per_side(image_size, patch_size)**2
-        if filter_size is not None and energy is not None:
-            raise ValueError(f'filter_size, energy: got {filter_size}, {energy}; accepted: one of them')
         if energy is not None: check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
-        if band not in ('low', 'high') or (band == 'high' and energy is not None):
-            raise ValueError(f"band: got {band!r} with energy={energy}; accepted: 'low', or 'high' without energy")
+        if energy is not None and (filter_size is not None or band != 'low'):
+            raise ValueError(f'energy: got {energy} with filter_size={filter_size}, band={band!r}; accepted: neither')
+        if band not in ('low', 'high'): raise ValueError(f"band: got {band!r}; accepted: 'low', 'high'")
         if cut not in ('stem', 'patches', 'radial_bins'):
             raise ValueError(f"cut: got {cut!r}; accepted: 'stem', 'patches', 'radial_bins'")
         if filter_size is None: filter_size = image_size
@@ -97,60 +91,62 @@ class FFTTokenizer(nn.Module):
 
 # %% ../nbs/05_fft.ipynb #33303a56
 @patch
-def places(self:FFTTokenizer,
+def square_positions(self:FFTTokenizer,
     s:int  # side of the square
 )->Tensor:  # ((s/p)^2,) int64, row by row
     "The cells that a centred square covers in the grid of the whole spectrum"
     G, g = self.image_size//self.patch_size, s//self.patch_size
-    cells = torch.arange(g, device=self.proj.weight.device) + (G - g)//2
+    cells = torch.arange(g) + (G - g)//2
     return (cells[:, None]*G + cells).flatten()
 
-# %% ../nbs/05_fft.ipynb #44212374
 @patch
-def in_pieces(self:FFTTokenizer,
+def cut_squares(self:FFTTokenizer,
     squares:list[Tensor]  # (B, 6, s, s), the squares of one batch, each side with its own B
 )->list[Tensor]:  # (B, (s/p)^2, D)
     "Tokens of squares of different sides"
     if self.cut == 'stem': squares = self.stem.forward_groups(squares)
     elif self.cut == 'patches': squares = [F.pixel_unshuffle(h, self.patch_size) for h in squares]
     else: squares = [radial_bins(h, self.patch_size) for h in squares]
-    return [self.proj(h.flatten(2).mT) for h in squares]
+    rows = [h.flatten(2).mT for h in squares]  # (B, (s/p)^2, 6 p^2)
+    tokens = self.proj(torch.cat([r.flatten(0, 1) for r in rows])).split([r.shape[0]*r.shape[1] for r in rows])
+    return [t.view(*r.shape[:2], -1) for t, r in zip(tokens, rows)]
 
 # %% ../nbs/05_fft.ipynb #64becb37
 @patch
 def forward(self:FFTTokenizer,
     x:Tensor  # (B, 3, M, M) images in [0, 1], not normalised
 )->Tokens:  # N = (s/p)^2, of the largest side in the batch
-    check_images(x, self.proj.weight, size=self.image_size)
+    check_images(x, self, size=self.image_size)
     f = log_spectrum(x, shift=self.band == 'low')
-    if self.energy is None: sides = torch.full((x.shape[0],), self.filter_size, device=x.device)
-    else: sides = energy_side(f, self.energy, self.patch_size)
-    if torch.compiler.is_exporting(): return self.at_every_side(f, sides)
+    if self.energy is None:
+        tokens = full_tokens(self.cut_squares([crop(f, self.filter_size).to(x.dtype)])[0])
+        return replace(tokens, position=self.square_positions(self.filter_size).to(x.device).expand(len(x), -1))
+    sides = energy_side(f, self.energy, self.patch_size)
+    if torch.compiler.is_exporting(): return self.every_side(f, sides, x.dtype)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
-    N = max(len(self.places(s)) for s in groups)
-    out, index = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)
-    parts = self.in_pieces([crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
+    parts = self.cut_squares([crop(f[rows], s).to(x.dtype) for s, rows in groups.items()])
+    N = max(p.shape[1] for p in parts)
+    out, position = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)
     for (s, rows), tokens in zip(groups.items(), parts):
-        places = self.places(s)
-        out[rows, :len(places)], index[rows, :len(places)] = tokens.to(out.dtype), places
+        out[rows, :tokens.shape[1]] = tokens.to(out.dtype)
+        position[rows, :tokens.shape[1]] = self.square_positions(s).to(x.device)
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2
-    return Tokens(out, mask, None, index, padded=len(groups) > 1)
+    return Tokens(out, mask, None, position, padded=len(groups) > 1)
 
 # %% ../nbs/05_fft.ipynb #b38cff5f
 @patch
-def at_every_side(self:FFTTokenizer,
+def every_side(self:FFTTokenizer,
     f:Tensor,  # (B, 6, M, M) spectra
-    sides:Tensor  # (B,) int64, each image's own
-)->Tokens:  # N = (M/p)^2, or (s/p)^2 if static
-    "The same tokens with shapes that depend on no image, for `torch.export`: all sides are computed, the image's own is kept"
-    if self.energy is None:
-        return replace(full_tokens(self.in_pieces([crop(f, self.filter_size).to(self.proj.weight.dtype)])[0]),
-                       index=self.places(self.filter_size).expand(f.shape[0], -1))
-    out = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=self.proj.weight.dtype)
+    sides:Tensor,  # (B,) int64, each image's own
+    dtype:torch.dtype  # of the tokens
+)->Tokens:  # N = (M/p)^2
+    "The dynamic tokens for `torch.export`: each at its position"
+    squares = range(self.patch_size, self.image_size + 1, self.patch_size)
+    parts = self.cut_squares([crop(f, s).to(dtype) for s in squares])
+    out = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=parts[0].dtype)
     mask = torch.zeros(f.shape[0], self.n_tokens, dtype=torch.bool, device=f.device)
-    for s in range(self.patch_size, self.image_size + 1, self.patch_size):
-        places, own = self.places(s), (sides == s)[:, None]
-        tokens = self.in_pieces([crop(f, s).to(out.dtype)])[0]
-        out[:, places] = torch.where(own[..., None], tokens, out[:, places])
-        mask[:, places] = mask[:, places] | own
+    for s, tokens in zip(squares, parts):
+        position, own = self.square_positions(s).to(f.device), (sides == s)[:, None]
+        out[:, position] = torch.where(own[..., None], tokens, out[:, position])
+        mask[:, position] = mask[:, position] | own
     return Tokens(out, mask, None, torch.arange(self.n_tokens, device=f.device).expand(f.shape[0], -1))

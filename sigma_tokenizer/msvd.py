@@ -9,8 +9,7 @@ __all__ = ['MSVDTokenizer', 'Gated']
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from .images import patches_per_side, check_images, check_int
-from .tokens import Tokens, full_tokens
+from .tokens import Tokens, check_images, check_int, full_tokens, patches_per_side
 from .stem import ConvStem
 
 # %% ../nbs/07_msvd.ipynb #ed734147
@@ -23,19 +22,20 @@ class MSVDTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('embed_dim', embed_dim)
-        self.embed_dim, self.patch_size, self.n_tokens = embed_dim, patch_size, patches_per_side(image_size, patch_size)**2
+        self.n_tokens = patches_per_side(image_size, patch_size)**2
+        self.embed_dim, self.patch_size = embed_dim, patch_size
         self.u, self.v = ConvStem(3, patch_size), ConvStem(3, patch_size)
         self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, embed_dim)
 
     def forward(self,
         x:Tensor  # (B, 3, M, M) normalised images, M any multiple of the patch size
     )->Tokens:  # N = (M/p)^2, row by row
-        check_images(x, self.proj.weight, multiple=self.patch_size)
+        check_images(x, self, multiple=self.patch_size)
         return full_tokens(self.proj(torch.cat([self.u(x), self.v(x)], 1).flatten(2).mT))
 
 # %% ../nbs/07_msvd.ipynb #783a37df
 class Gated(nn.Module):
-    "Any tokenizer with a gate for each token, in `scores` and multiplied into the token"
+    "Any tokenizer with a score for each token, in `scores` and multiplied into the token"
     def __init__(self,
         tokenizer:nn.Module,  # images -> `Tokens`; has `embed_dim` and `n_tokens`
         hidden:int=128  # hidden width of the scorer
@@ -43,16 +43,13 @@ class Gated(nn.Module):
         super().__init__()
         check_int('hidden', hidden)
         self.tokenizer, self.embed_dim, self.n_tokens = tokenizer, tokenizer.embed_dim, tokenizer.n_tokens
-        self.scorer = nn.Sequential(nn.Linear(self.embed_dim, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, 1))
+        self.scorer = nn.Sequential(nn.Linear(self.embed_dim, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(),
+                                    nn.Linear(hidden, 1))
 
     def forward(self,
         x:Tensor  # images that the tokenizer takes
     )->Tokens:  # scores (B, N) in (0, 1), float32 or better, and 0 at padding
         t = self.tokenizer(x)
         logits = self.scorer(t.x)[..., 0]
-        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
-        return replace(t, x=self.weigh(t.x, gates[..., None].to(t.x.dtype)), scores=gates)
-
-    def weigh(self, x, gates):
-        "What the gates do to the tokens"
-        return x*gates
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().masked_fill(~t.mask, 0)
+        return replace(t, x=t.x*scores[..., None].to(t.x.dtype), scores=scores)

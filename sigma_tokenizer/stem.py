@@ -9,8 +9,7 @@ __all__ = ['conv_block', 'ConvStem', 'norm_together', 'ConvTokenizer']
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .images import patches_per_side, check_images, check_int
-from .tokens import Tokens, full_tokens
+from .tokens import Tokens, check_images, check_int, full_tokens, patches_per_side
 
 # %% ../nbs/03_stem.ipynb #7502ba74
 def conv_block(
@@ -36,13 +35,12 @@ class ConvStem(nn.Module):
     def forward(self,
         x:Tensor  # (B, C, s, s)
     )->Tensor:  # (B, C p^2, s/p, s/p)
-        x = self.laid_out(x)
+        x = self.layout(x)
         for block in self.blocks: x = block(x)
         return self.mix(x)
 
-    def laid_out(self, x):
-        "In evaluation, the channels of a pixel side by side: on a CPU the convolutions take three quarters of the time"
-        # not in training, where BatchNorm would lose more than the convolutions gain
+    def layout(self, x):
+        "channels_last in evaluation: CPU convolutions take three quarters of the time (in training BatchNorm loses more)"
         return x if self.training else x.contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/03_stem.ipynb #f24a7bc8
@@ -61,7 +59,7 @@ def forward_groups(self:ConvStem,
     xs:list[Tensor]  # the parts of one batch, each (B, C, s, s) with its own B and s
 )->list[Tensor]:  # each (B, C p^2, s/p, s/p)
     "The stem of each part, with BatchNorm over all of them"
-    xs = [self.laid_out(x) for x in xs]
+    xs = [self.layout(x) for x in xs]
     for conv, norm, act, fold in self.blocks: xs = [fold(act(h)) for h in norm_together(norm, [conv(x) for x in xs])]
     return [self.mix(x) for x in xs]
 
@@ -75,12 +73,13 @@ class ConvTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('embed_dim', embed_dim)
-        self.embed_dim, self.patch_size, self.n_tokens = embed_dim, patch_size, patches_per_side(image_size, patch_size)**2
+        self.n_tokens = patches_per_side(image_size, patch_size)**2
+        self.embed_dim, self.patch_size = embed_dim, patch_size
         self.stem = ConvStem(3, patch_size)
         self.proj = nn.Linear(self.stem.out_chans, embed_dim)
 
     def forward(self,
         x:Tensor  # (B, 3, M, M) normalised images, M any multiple of the patch size
     )->Tokens:  # N = (M/p)^2, row by row
-        check_images(x, self.proj.weight, multiple=self.patch_size)
+        check_images(x, self, multiple=self.patch_size)
         return full_tokens(self.proj(self.stem(x).flatten(2).mT))

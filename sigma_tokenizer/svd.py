@@ -10,8 +10,7 @@ from functools import lru_cache
 import math
 import torch
 from torch import Tensor, nn
-from .images import check_finite, check_images, check_int, check_number
-from .tokens import Tokens
+from .tokens import Tokens, check_finite, check_images, check_int, check_number
 
 # %% ../nbs/06_svd.ipynb #fe19b8ba
 def _one_sign(
@@ -103,8 +102,7 @@ def leading_triplets(
     steps:int=6  # of the power iteration
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q), residuals ||X^T u - sigma v|| (..., q)
     "Approximate leading singular triplets, in float32 or better; signs as they come"
-    check_int('q', q); check_int('steps', steps); check_finite('x', x)
-    if q > x.shape[-1]: raise ValueError(f'q: got {q}; accepted: up to {x.shape[-1]}, the side of the matrices')
+    check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)
         Q = start_basis(x.shape[-1], q, x.device).to(x).expand(*x.shape[:-1], q)
@@ -197,16 +195,16 @@ class SVDTokenizer(nn.Module):
     def forward(self,
         x:Tensor  # (B, 3, M, M) normalised images
     )->Tokens:  # N = the largest rank in the batch, strongest triplet first
-        check_images(x, self.proj.weight, size=self.image_size)
+        check_images(x, self, size=self.image_size)
         if torch.compiler.is_exporting():
             U, S, V = singular_triplets(x)  # all M triplets: a graph's shapes depend on no image
             k = energy_rank(S, self.energy, self.criterion)
         else: U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         root = S[..., None, :].sqrt()
         pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)
-        index = torch.arange(S.shape[-1], device=x.device).expand(x.shape[0], -1)
-        real = index < k[:, None]
-        if torch.compiler.is_exporting(): return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, index)
+        position = torch.arange(S.shape[-1], device=x.device).expand(x.shape[0], -1)
+        real = position < k[:, None]
+        if torch.compiler.is_exporting(): return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, position)
         tokens = x.new_zeros(*real.shape, self.embed_dim)
         tokens[real] = self.proj(pairs[real].to(x.dtype)).to(x.dtype)
-        return Tokens(tokens, real, None, index)
+        return Tokens(tokens, real, None, position)
