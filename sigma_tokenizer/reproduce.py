@@ -27,9 +27,9 @@ from fastcore.script import call_parse, store_true
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
-from .tokens import check_int, check_number, imagenet_normalize, sample_photos
+from .tokens import check_int, check_number
 from .stem import ConvStem
-from .vit import Block, VisionTransformer
+from .vit import Block
 from .models import create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
 from .training import (BFloat16, BudgetSchedule, RandomBudget, SelfDistillation, SparsityLoss, calibrate,
@@ -41,18 +41,15 @@ from .compare import (load_experiments, load_result, load_results, metrics, resu
 _presets = files('sigma_tokenizer')/'presets'
 _strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 _Positive, _Seed, _Run = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**32)], Literal[tuple(load_experiments())]
-
-class _Training(TypedDict, total=False):
-    __pydantic_config__ = _strict
-    epochs:_Positive; batch_size:_Positive; lr:Annotated[float, Field(gt=0)]; wd:Annotated[float, Field(ge=0)]
-    schedule:Literal['one_cycle', 'constant']; precision:Literal['float32', 'bfloat16']; compile:bool
-    augment:Literal['crop', 'resized_crop']
-
-_Train = TypedDict('_Train', _Training.__annotations__ | {m: NotRequired[_Training] for m in list_models()}, total=False)
+_training = dict(epochs=_Positive, batch_size=_Positive, lr=Annotated[float, Field(gt=0)], wd=Annotated[float, Field(ge=0)],
+                 schedule=Literal['one_cycle', 'constant'], precision=Literal['float32', 'bfloat16'], compile=bool,
+                 augment=NotRequired[Literal['crop', 'resized_crop']])
+_Own = TypedDict('_Own', _training, total=False)  # of one method alone
+_Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
 _Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
 Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, model=dict[str, int|float],
                                   train=_Train))
-for t in (_Train, _Repeat, Preset): t.__pydantic_config__ = _strict
+for t in (_Own, _Train, _Repeat, Preset): t.__pydantic_config__ = _strict
 
 def list_presets()->list[str]:
     "The presets that `sigma_reproduce` takes"
@@ -133,21 +130,14 @@ def _describe(data):
                 **(dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}))
 
 # %% ../nbs/13_reproduce.ipynb #b2cf22f7
-@torch.no_grad()
 def score_summary(
-    model:VisionTransformer,  # trained
-    scores:np.ndarray,  # (n, N), of the test images
-    image_size:int,  # side in pixels
-    normalize:bool  # whether the model takes normalised images
-)->dict:  # mean, gini (mean over images), histogram (20 bins of [0, 1], shares), by_position (N), photos (N each)
-    "What the scores of a trained model look like"
-    photos = sample_photos(image_size).to(model.cls_token.device)
-    seen = model.tokenizer(imagenet_normalize(photos) if normalize else photos).scores.tolist()
-    rounded = lambda values: [round(float(v), 4) for v in values]
+    scores:np.ndarray  # (n, N), of the test images
+)->dict:  # mean, gini (mean over images), histogram (20 bins of [0, 1], shares)
+    "How large and how unequal a trained model's scores are"
     s = torch.from_numpy(scores)
+    histogram = np.histogram(scores, 20, (0, 1))[0]/scores.size
     return dict(mean=round(s.mean().item(), 6), gini=round(gini_index(s, torch.ones_like(s).bool()).mean().item(), 6),
-                histogram=rounded(np.histogram(scores, 20, (0, 1))[0]/scores.size), by_position=rounded(scores.mean(0)),
-                photos=dict(flower=rounded(seen[0]), temple=rounded(seen[1])))
+                histogram=[round(float(v), 4) for v in histogram])
 
 def _callbacks(config):
     "What a run adds to the plain learner"
@@ -194,12 +184,11 @@ def run_once(
     def calibrated(length):  # on the same windows, whatever training drew and wherever it was resumed
         set_seed(seed, reproducible=True); return calibrate(model, loaders(), length)
     said, scores = evaluate(model, dls.valid, [calibrated(k) if isinstance(k, float) else k for k in keeps])
-    summary = None if scores is None else score_summary(model, scores, config['model']['image_size'], config['normalize'])
     rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(said['labels'], p, l))
             for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took
     return (dict(run=run, seed=seed, config=config, data=_describe(data), **source, seconds=round(seconds, 1), epochs=epochs,
-                 scores=summary, rows=rows), said)
+                 scores=None if scores is None else score_summary(scores), rows=rows), said)
 
 # %% ../nbs/13_reproduce.ipynb #ae07f056
 def run_job(
