@@ -82,12 +82,14 @@ def digits_data(
 # %% ../nbs/10_data.ipynb #dbfa024f
 _splits = 'seg_train/ and seg_test/', 'train/ and test/', 'train/ and valid/', 'train/ and val/'
 
+def _classes(d): return [c for c in find_classes(d)[0] if c[0] != '.']  # Jupyter leaves hidden folders
+
 def _find_splits(path):
     "The folders of the training and the test split"
     for names in _splits:
         dirs = [path/n for n in names.split(' and ')]
         if all(d.is_dir() for d in dirs):
-            return [d/d.name if find_classes(d)[0] == [d.name] else d for d in dirs]
+            return [d/d.name if _classes(d) == [d.name] else d for d in dirs]
     raise ValueError(f'data: got {path}; accepted: a folder (unpack an archive first) with '
                      + ' or '.join(_splits))
 
@@ -182,7 +184,7 @@ def folder_data(
     check_int('image_size', image_size)
     path = Path(path).expanduser()
     dirs = _find_splits(path)
-    classes, others = (find_classes(d)[0] for d in dirs)
+    classes, others = map(_classes, dirs)
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
     (train, a), (test, b) = (_read_split(path, d, classes, side)

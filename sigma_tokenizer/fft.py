@@ -120,7 +120,7 @@ def forward(self:FFTTokenizer,
     f = log_spectrum(x, shift=self.band == 'low')
     if self.energy is None:
         tokens = full_tokens(self.cut_squares([crop(f, self.filter_size).to(x.dtype)])[0])
-        return replace(tokens, position=self.square_positions(self.filter_size).to(x.device).expand(len(x), -1))
+        return replace(tokens, position=self.square_positions(self.filter_size).to(x.device).expand(x.shape[0], -1))
     sides = energy_side(f, self.energy, self.patch_size)
     if torch.compiler.is_exporting(): return self.every_side(f, sides, x.dtype)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}

@@ -286,7 +286,8 @@ def reproduce(
     if holdout is not None: check_number('holdout', holdout, '0 < holdout < 1', lambda s: 0 < s < 1)
     if minutes is not None: check_number('minutes', minutes, '> 0', lambda m: m > 0)
     check_int('jobs', jobs)
-    device, data = _device(device), data or settings['data']
+    device, data = device or ('cuda' if torch.cuda.is_available() else 'cpu'), data or settings['data']
+    torch.ones(1, device=device)  # is it there?
     with torch.device('meta'):  # what cannot be made is to be known before the first training
         for config in configs.values(): create_model(**config['model'])
     dataset = load_data(data, settings['model']['image_size'])
@@ -330,14 +331,6 @@ def _is_done(out, job, weights):
     path = result_path(out, *job)
     return path.exists() and (not weights or path.with_suffix('').is_dir())
 
-def _device(device):
-    "The device, tried"
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'device: got {device!r} ({str(e).splitlines()[0]}); accepted: cpu, or a GPU such as cuda:1') from None
-    return device
-
 def _check_same(result, config, data, out):
     "Refuse a result of other data or, where its run is asked for (`config`), of other settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
@@ -370,5 +363,5 @@ def sigma_reproduce(
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
     seeds = seeds and [int(s) if s.isdecimal() else s for s in items(seeds)]
     try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out, jobs, minutes, check, weights)
-    except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_reproduce: {e}')
+    except (ValueError, OSError, RuntimeError, AssertionError) as e: sys.exit(f'sigma_reproduce: {e}')  # torch asserts CUDA
     except KeyboardInterrupt: sys.exit('sigma_reproduce: interrupted; the same command goes on from the last epoch')

@@ -52,7 +52,7 @@ def norm_together(
     if len(xs) == 1: return [norm(xs[0])]
     pixels = [x.transpose(0, 1).flatten(1) for x in xs]  # (C, B s s)
     parts = norm(torch.cat(pixels, 1)[None, :, :, None])[0, :, :, 0].split([p.shape[1] for p in pixels], 1)
-    return [p.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for p, x in zip(parts, xs)]
+    return [p.unflatten(1, (x.shape[0], *x.shape[2:])).transpose(0, 1) for p, x in zip(parts, xs)]
 
 @patch
 def forward_groups(self:ConvStem,

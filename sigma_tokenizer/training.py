@@ -66,15 +66,12 @@ class SparsityLoss(Callback):
 # %% ../nbs/11_training.ipynb #0f5c291f
 @dataclass(frozen=True)
 class BudgetSchedule:
-    "How many tokens each step of a training keeps"
-    kind:str='log_uniform'  # 'log_uniform' (more draws are short) or 'uniform', between `low` and `high`
+    "How many tokens each step of a training keeps: short sequences more often than long ones (log-uniform)"
     low:int=1  # tokens, >= 0; 0 needs a model that sums up what it drops
     high:int|None=None  # tokens, >= low; None for all of the model's
     full:float=.3  # share of the steps that drop nothing
 
     def __post_init__(self):
-        if self.kind not in ('log_uniform', 'uniform'):
-            raise ValueError(f"kind: got {self.kind!r}; accepted: 'log_uniform', 'uniform'")
         check_int('low', self.low, 0); check_number('full', self.full, '0 <= full <= 1', lambda f: 0 <= f <= 1)
         if self.high is not None: check_int('high', self.high, max(1, self.low))
 
@@ -83,8 +80,7 @@ class BudgetSchedule:
     )->TopK|None:
         "The next step's budget, from Python's generator"
         high, low, shift = min(n, self.high or n), min(n, self.low), self.low == 0  # log(0): k + 1 is drawn instead
-        if self.kind == 'uniform': k = random.uniform(low, high)
-        else: k = math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
+        k = math.exp(random.uniform(math.log(low + shift), math.log(high + shift))) - shift
         return None if random.random() < self.full else TopK(round(k))
 
 # %% ../nbs/11_training.ipynb #c1411036
