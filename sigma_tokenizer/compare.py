@@ -109,10 +109,10 @@ def save_result(
     TypeAdapter(Result).validate_python(result)
     path = result_path(out, result['run'], result['seed'])
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, allow_nan=False) + '\n'
     kind = lambda a: np.float16 if a.dtype.kind == 'f' else np.min_scalar_type(int(a.max()))
     with replaced(path.with_suffix('.npz')) as new, open(new, 'wb') as f:
         np.savez_compressed(f, **{k: a.astype(kind(a)) for k, a in predictions.items()})
-    text = json.dumps(result, indent=1, allow_nan=False) + '\n'
     with replaced(path) as new: new.write_text(text)
     return path
 

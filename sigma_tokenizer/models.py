@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from .tokens import patches_per_side
 from .select import TopK, TopP
 from .stem import ConvTokenizer
@@ -139,4 +140,5 @@ def _from_pretrained(cls:SigmaModel, *, model_id, map_location='cpu', proxies=No
     if 'name' not in kw: raise FileNotFoundError(f'name: got {model_id!r}, without a config.json that names a model')
     file = os.path.join(model_id, 'model.safetensors')
     if not os.path.isdir(model_id): file = hf_hub_download(model_id, 'model.safetensors', **hub)
-    return cls._load_as_safetensor(cls(**kw), file, map_location, True)
+    try: return cls._load_as_safetensor(cls(**kw), file, map_location, True)
+    except (RuntimeError, SafetensorError) as e: raise ValueError(f'{file}: {e}') from None

@@ -13,7 +13,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files
-from multiprocessing import active_children, connection, get_context, parent_process
+from multiprocessing import active_children, connection, current_process, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Annotated, Literal
@@ -359,7 +359,7 @@ def sigma_reproduce(
     weights:store_true=False  # keep each trained model beside its result
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
-    if parent_process(): return  # a worker reads the script that called us once more
+    if getattr(current_process(), '_inheriting', False): return  # a worker reads the script that called us once more
     def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
     seeds = seeds and [int(s) if s.isdecimal() else s for s in items(seeds)]
     try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out, jobs, minutes, check, weights)

@@ -1,0 +1,114 @@
+"Files from anyone: nothing in them is run, what is wrong is named, and a failed write loses nothing"
+import io, pickle, struct, zlib
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from sigma_tokenizer import SigmaModel, create_model
+from sigma_tokenizer.compare import load_predictions, load_result, save_result
+from sigma_tokenizer.data import folder_data, replaced
+from sigma_tokenizer.predict import sigma_predict
+from sigma_tokenizer.reproduce import load_preset
+from sigma_tokenizer.training import Checkpoint
+from conftest import small
+
+class Program:
+    "A pickle of this makes a file when it is loaded"
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return Path.touch, (self.file,)
+
+def pickles(ran):
+    "Files that would run a program, and one that is cut short"
+    torch.save(Program(ran), f := io.BytesIO())
+    return [pickle.dumps(Program(ran)), f.getvalue(), b'PK' + bytes(99), b'']
+
+def test_a_pickle_is_no_model(tmp_path):
+    create_model('msvd_gated', **small).save_pretrained(tmp_path)
+    weights = tmp_path/'model.safetensors'; good = weights.read_bytes(); SigmaModel.from_pretrained(tmp_path)
+    for bad in [*pickles(tmp_path/'ran'), good[:-9]]:
+        weights.write_bytes(bad)
+        with pytest.raises(ValueError, match='model.safetensors: '): SigmaModel.from_pretrained(tmp_path)
+    weights.write_bytes(good); create_model('msvd_gated', **small | dict(depth=1)).save_pretrained(tmp_path/'other')
+    (tmp_path/'other/config.json').rename(tmp_path/'config.json')
+    with pytest.raises(ValueError, match='(?s)model.safetensors: .*Unexpected key'): SigmaModel.from_pretrained(tmp_path)
+    weights.rename(tmp_path/'pytorch_model.bin')
+    with pytest.raises(FileNotFoundError): SigmaModel.from_pretrained(tmp_path)
+    assert not (tmp_path/'ran').exists()
+
+def test_a_pickle_is_no_checkpoint(tmp_path):
+    for bad in pickles(tmp_path/'ran'):
+        (tmp_path/'a.ckpt').write_bytes(bad)
+        with pytest.raises(ValueError, match='a.ckpt: no checkpoint'): Checkpoint(tmp_path/'a.ckpt').load(None, 1)
+    assert not (tmp_path/'ran').exists()
+
+row = dict(row='ViT', accuracy=.5, f1=.4, mean_length=65., images=4)
+data = dict(name='x', evaluated='test', classes=['a', 'b'], train=9, test=4, fingerprint='f', unreadable=[])
+result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'}, device='cpu',
+              seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
+said = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300), confidence=np.ones((1, 4)))
+
+def test_results(tmp_path):
+    path = save_result(tmp_path, result, said); good = path.read_text()
+    assert load_result(path) == result
+    for k, v in load_predictions(path).items(): assert (v == said[k]).all()
+    for bad in [good[:-20], '', '[]', '['*9999, good.replace('0.5', 'NaN'), good.replace('"seed": 1', '"seed": "1"'),
+                good.replace('"device"', '"devise"')]:
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=path.name): load_result(path)
+    with open(path.with_suffix('.npz'), 'wb') as f: np.savez(f, labels=np.array([Program(tmp_path/'ran')], dtype=object))
+    with pytest.raises(ValueError, match='Object arrays cannot be loaded'): load_predictions(path)
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('old, new, named', [
+    ('data = ', 'more = 1\ndata = ', 'more'), ('epochs = ', 'warmup = 1\nepochs = ', 'warmup'),
+    ('epochs = 12', 'epochs = "12"', 'epochs'), ('lr = 3e-3', 'lr = inf', 'lr'),
+    ('"vit"', '"vitt"', 'vitt'), ('[train]', '[train', 'mine.toml')])
+def test_presets(old, new, named, tmp_path):
+    quick = (Path(load_preset.__globals__['__file__']).parent/'presets/quick.toml').read_text()
+    assert old in quick; (tmp_path/'mine.toml').write_text(quick.replace(old, new, 1))
+    with pytest.raises(ValueError, match=f'(?s)mine.toml: .*{named}|{named}: '): load_preset(str(tmp_path/'mine.toml'))
+
+def huge_header():
+    "A PNG that says it has 10^10 pixels"
+    chunk = lambda kind, content: struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 10**5, 10**5, 8, 2, 0, 0, 0)) + chunk(b'IDAT', b'')
+
+def test_unreadable_images(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache')); rng = np.random.default_rng(0)
+    for split, n in (('train', 4), ('test', 2)):
+        for c in 'ab':
+            (tmp_path/'photos'/split/c).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(tmp_path/f'photos/{split}/{c}/{i}.jpg')
+    jpeg = (tmp_path/'photos/train/a/0.jpg').read_bytes(); png = io.BytesIO(); Image.new('L', (1, 1)).save(png, 'PNG')
+    bad = {'cut.jpg': jpeg[:len(jpeg)//2], 'text.jpg': b'text', 'empty.jpg': b'', 'huge.png': huge_header(),
+           'dot.png': png.getvalue(), 'eps.jpg': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n'}
+    for name, content in bad.items(): (tmp_path/'photos/train/a'/name).write_bytes(content)
+    (tmp_path/'photos/test/b/nowhere.jpg').symlink_to('nowhere')
+    with pytest.warns(UserWarning) as warned: found = folder_data(tmp_path/'photos', 32)
+    names = {*(f'train/a/{n}' for n in bad), 'test/b/nowhere.jpg'}
+    assert {f for f, _ in found.left_out} == names and all(why for _, why in found.left_out)
+    assert 'cannot identify' in dict(found.left_out)['train/a/eps.jpg']  # reading it would start another program
+    assert f'{len(names)} unreadable' in str(warned[0].message) and all(n in str(warned[0].message) for n in names)
+    assert (len(found.train), len(found.test)) == (8, 4) and found.train.images.shape == (8, 40, 40, 3)
+    with pytest.warns(UserWarning): again = folder_data(tmp_path/'photos', 32)  # of the cache
+    assert again.left_out == found.left_out and again.fingerprint == found.fingerprint
+    with pytest.raises(SystemExit) as e: sigma_predict([str(tmp_path/'photos/train/a/cut.jpg'), '--out', str(tmp_path)])
+    assert e.value.code == 1 and not [*tmp_path.glob('*.png')]
+
+def test_a_failed_write_loses_nothing(tmp_path):
+    with pytest.raises(OSError), replaced(tmp_path/'note') as new: new.write_text('ha'); raise OSError('no space')
+    assert not [*tmp_path.iterdir()]
+    path = save_result(tmp_path, result, said); m = create_model('vit', **small); m.save_pretrained(tmp_path)
+    def content(): return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = content()
+    with pytest.raises(OSError), replaced(path) as new: new.write_text('ha'); raise OSError('no space')
+    with pytest.raises(ValueError): save_result(tmp_path, result | dict(rows=[row | dict(accuracy=np.nan)]), said)
+    with pytest.raises(TypeError): m.save_pretrained(tmp_path, config=dict(name=object()))
+    with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), said | dict(labels=np.arange(9)))
+    assert content() == before
+
+@pytest.mark.parametrize('args', [['none.jpg'], ['none.jpg', '--model', 'none'], ['none.jpg', '--keep', '-1']])
+def test_sigma_predict_says_what_is_wrong(args, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: sigma_predict([*args, '--out', str(tmp_path)])
+    said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err
+    assert e.value.code != 0 and len(said.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]

@@ -1,0 +1,120 @@
+"`sigma_reproduce`, killed at any moment and started again, ends with the rows of a run that was never killed"
+import os, random, re, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+import pytest, torch
+from sigma_tokenizer import SigmaModel
+from sigma_tokenizer.compare import load_predictions, load_results, result_path
+from sigma_tokenizer.data import digits_data, hold_out, image_loaders
+from sigma_tokenizer.reproduce import reproduce
+from sigma_tokenizer.training import evaluate
+
+kills = int(os.environ.get('KILLS', 2))  # for each of --jobs 1 and --jobs 2
+tiny = '''data = "digits"
+runs = ["msvd_short", "svd_p90"]
+seeds = [1]
+repeat = {runs = [], seeds = []}
+model = {image_size = 16, patch_size = 2, embed_dim = 16, depth = 1, num_heads = 2}
+train = {epochs = 3, batch_size = 256, lr = 3e-3, wd = 0.01, schedule = "one_cycle", precision = "float32", compile = false}
+'''
+
+def timeless(r): return {k: [*map(timeless, v)] if k == 'epochs' else v for k, v in r.items()
+                        if k not in ('seconds', 'device', 'commit')}
+def content(out):
+    "Results without times, predictions, and the table"
+    said = {r['run']: load_predictions(result_path(out, r['run'], 1)) for r in load_results(out)}
+    return [[*map(timeless, load_results(out))], {r: {k: v.tolist() for k, v in s.items()} for r, s in said.items()},
+            (out/'table.md').read_text()]
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp('runs'); (home/'tiny.toml').write_text(tiny)
+    return home
+
+def quietly(home, out, **kw):
+    "What `reproduce` gives and prints in this process"
+    with redirect_stdout(StringIO()) as printed: table = reproduce(str(home/'tiny.toml'), device='cpu', out=str(home/out), **kw)
+    return table, printed.getvalue()
+
+@pytest.fixture(scope='module')
+def whole(home):
+    "The content of a run that was never killed, by its number of threads, and what it printed"
+    said = {}
+    for n in {1, max(1, os.cpu_count()//2)}:
+        torch.set_num_threads(n); printed = quietly(home, f'whole{n}')[1]; said[n] = content(home/f'whole{n}'), printed
+    torch.set_num_threads(1)
+    return said
+
+def killed(home, jobs):
+    "Kill it some times, each after a random number of checkpoints and a random delay; yield (folder, output) at each end"
+    draw, left, i = random.Random(jobs), kills, 0
+    command = [Path(sys.executable).with_name('sigma_reproduce'), '--preset', home/'tiny.toml', '--device', 'cpu',
+               '--jobs', str(jobs)]
+    while left or not i:
+        out, done, i, printed = home/f'jobs{jobs}-{i}', False, i + 1, b''
+        while not done:
+            p = subprocess.Popen([*command, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 env=os.environ | dict(OMP_NUM_THREADS='1'))
+            seen, more = set(), draw.randint(0, 3) if left else 99
+            def look():
+                with suppress(OSError): seen.update((f.name, f.stat().st_mtime_ns) for f in out.glob('*-seed*.[cj]*'))
+            look(); before = len(seen)
+            while p.poll() is None and not ((out/'.lock').exists() and len(seen) - before >= more): time.sleep(.005); look()
+            if p.poll() is None: time.sleep(draw.uniform(0, .3))
+            done = p.poll() is not None
+            if not done: p.kill(); left -= 1
+            printed += p.communicate(timeout=60)[0]  # ends when nothing is left that could write
+        yield out, p.returncode, printed
+
+@pytest.fixture(scope='module')
+def both(home):
+    with ThreadPoolExecutor(2) as pool: return dict(zip((1, 2), pool.map(lambda jobs: [*killed(home, jobs)], (1, 2))))
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_killed_and_started_again(both, whole, jobs):
+    for out, code, printed in both[jobs]:
+        assert code == 0 and b'2 of 2 runs done' in printed and b'\r' not in printed, printed.decode()
+        assert content(out) == whole[1 if jobs == 1 else max(1, os.cpu_count()//2)][0]
+        names = {p.name for p in out.iterdir() if p.suffix != '.log'}
+        assert names == {'.lock', 'table.md', 'table.csv', 'tokens_vs_accuracy.png',
+                         *(f'{run}-seed1.{e}' for run in ('msvd_short', 'svd_p90') for e in ('json', 'npz'))}
+
+def test_output(whole, home):
+    (_, _, table), printed = whole[1]
+    epochs = [l for l in printed.splitlines() if 'epoch' in l]
+    form = r'epoch [123] of 3: loss \d\.\d+, accuracy 0\.\d+, \d+\.\d s'
+    assert len(epochs) == 6 and all(re.fullmatch(form, l) for l in epochs)
+    assert '\r' not in printed and 'reported' not in table.lower()
+    rows = [row['row'] for r in load_results(home/'whole1') for row in r['rows']]
+    assert len({*rows}) == len(rows) == 15 and any('1 of 64' in r for r in rows)
+
+def test_minutes_and_then_on(whole, home):
+    _, printed = quietly(home, 'minutes', minutes=.004)
+    assert 'still to do: msvd_short (seed 1), svd_p90 (seed 1)' in printed
+    _, printed = quietly(home, 'minutes')
+    assert 'still to do' not in printed and content(home/'minutes') == whole[1][0]
+    assert not [*(home/'minutes').glob('*.ckpt')]
+    assert '2 runs, 0 to do' in quietly(home, 'minutes')[1]
+    for kw in (dict(epochs=2), dict(holdout=.2)):
+        with pytest.raises(ValueError, match='holds a run with other settings'): quietly(home, 'minutes', **kw)
+    assert content(home/'minutes') == whole[1][0]
+
+def test_stopped_between_training_and_result(whole, home, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match='no space'):
+        def fail(*_): raise OSError('no space')
+        m.setattr('sigma_tokenizer.reproduce.save_result', fail); quietly(home, 'late')
+    assert 'epoch' not in quietly(home, 'late')[1] and content(home/'late') == whole[1][0]
+
+def test_check_leaves_nothing(home):
+    _, printed = quietly(home, 'check', check=True)
+    assert 'all runs work here' in printed and not [*(home/'check').iterdir()]
+
+def test_holdout_and_weights(home):
+    quietly(home, 'held', holdout=.2, weights=True, methods=['svd'], epochs=1)
+    [r] = load_results(home/'held')
+    assert (r['data']['evaluated'], r['data']['train'], r['data']['test']) == ('holdout', 1149, 288)
+    m = SigmaModel.from_pretrained(home/'held/svd_p90-seed1'); assert m.classes == [*'0123456789']
+    preds = evaluate(m, image_loaders(hold_out(digits_data(16), .2), 256).valid)[0]['preds']
+    assert (preds == load_predictions(result_path(home/'held', 'svd_p90', 1))['preds']).all()
