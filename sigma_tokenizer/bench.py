@@ -92,7 +92,7 @@ def _budgets(model, t):
 # %% ../nbs/15_bench.ipynb #c8c409fd
 @torch.no_grad()
 def bench_methods(
-    models:dict,  # `bench_models`
+    models:dict,  # bench_models
     images:Tensor,  # (B, 3, M, M) in [0, 1], on the models' device: the batch
     repeats:int=5  # rounds
 )->list[dict]:  # a row for each method and budget
@@ -139,7 +139,7 @@ def merge_tokens(
 # %% ../nbs/15_bench.ipynb #017ad351
 def tome_encoder(
     model:VisionTransformer,  # in evaluation
-    t:Tokens,  # of `model.embed`, without padding
+    t:Tokens,  # of model.embed, without padding
     r:list[int]  # tokens to merge away in each block
 )->Tensor:  # (B, D), the class token's output
     "The encoder with token merging between attention and MLP"
@@ -156,7 +156,7 @@ def tome_encoder(
 
 # %% ../nbs/15_bench.ipynb #2169adcd
 @torch.no_grad()
-def bench_encoders(models:dict, images:Tensor, repeats:int=5  # as `bench_methods` takes them
+def bench_encoders(models:dict, images:Tensor, repeats:int=5  # as bench_methods takes them
 )->list[dict]:  # encoder, batch_size, tokens (in the last block), ms, rounds_ms, gflop (an image)
     "One batch of tokens through our encoder, timm's, and token merging"
     vit, gated, x = models['vit'], models['msvd_gated'], imagenet_normalize(images)
@@ -236,7 +236,7 @@ def _processor():
 
 @call_parse
 def sigma_bench(
-    preset:str='small',  # whose size to measure: a preset of `sigma_reproduce`
+    preset:str='small',  # whose size to measure: a preset of sigma_reproduce
     data:str=None,  # 'intel' or a folder: for real images, ranks and loader; else photographs
     device:str='cpu',  # 'cpu' or 'cuda'
     precision:str='float32',  # 'float32' or 'bfloat16'

@@ -49,7 +49,7 @@ def _budget(e, row, n):
     return 'all tokens' if e['model'].endswith('_gated') else '', None
 
 def run_rows(
-    run:str,  # a run of `experiments.toml`
+    run:str,  # a run of experiments.toml
     n_tokens:int  # of an image, class token excluded
 )->list[tuple[str, TopK|TopP|float|None, dict|None]]:  # name, budget or mean length, reported
     "The rows that a run's model is evaluated for; of equal budgets the last one"
@@ -136,7 +136,7 @@ def load_results(out:str|Path)->list[Result]:
 _intel = ['buildings', 'forest', 'glacier', 'mountain', 'sea', 'street']
 
 def result_table(
-    results:list[dict]  # as `load_results` gives them
+    results:list[dict]  # as load_results gives them
 )->pd.DataFrame:  # row, accuracy, std, f1, mean_length, seeds and, for Intel, reported, reported_*
     "A line for each row that was run, in the order of `experiments.toml`"
     runs = list(load_experiments())
@@ -154,7 +154,7 @@ def result_table(
 
 # %% ../nbs/12_compare.ipynb #52fd9b22
 def table_lines(
-    table:pd.DataFrame  # `result_table`
+    table:pd.DataFrame  # result_table
 )->list[str]:  # two lines of header, then one for each row
     "The table in Markdown"
     t = table.drop(columns=['std', 'seeds']).astype(object).where(table.notna(), None)
@@ -232,7 +232,7 @@ _looks = {  # title -> colour, marker, line
 
 @_styled()
 def plot_tokens(
-    table:pd.DataFrame,  # `result_table`
+    table:pd.DataFrame,  # result_table
     title:str='ours'  # of our panel
 )->plt.Figure:
     "Accuracy against mean length: ours and, where the table has them, the reported figures"
@@ -296,7 +296,7 @@ def plot_confusion(
 # %% ../nbs/12_compare.ipynb #9eca4ed4
 def write_summary(
     out:str|Path  # a folder of result files
-)->pd.DataFrame:  # `result_table`
+)->pd.DataFrame:  # result_table
     "Write `table.md`, `table.csv` and `tokens_vs_accuracy.png` beside the result files"
     out, results = Path(out), load_results(out)
     table, r = result_table(results), results[0]

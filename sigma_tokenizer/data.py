@@ -118,7 +118,7 @@ def _cached(root, files, side):
     "(n, S, S, 3) uint8 of the readable files, and a dict: kept, left_out, pixels, digest"
     stat = lambda f: [getattr(f.stat(), s) for s in ('st_size', 'st_mtime_ns', 'st_ctime_ns')]
     stats = [(str(f.relative_to(root)), f.exists() and stat(f)) for f in files]
-    version = 3  # raise it when `decode` or the cache's files change
+    version = 3  # raise it when decode or the cache's files change
     key = hashlib.sha256(json.dumps([version, str(root.resolve()), side, stats]).encode())
     cache = xdg_cache_home()/'sigma_tokenizer'/key.hexdigest()[:32]
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def load_data(
 def hold_out(
     data:ImageData,
     share:float  # of the training images, 0 < share < 1
-)->ImageData:  # with `evaluated='holdout'`
+)->ImageData:  # with evaluated='holdout'
     "Train on a part of the training split, evaluate on the rest of it, leave the test split alone"
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
@@ -263,7 +263,7 @@ _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 class ImageLoader(DataLoader):
     "A fastai loader of whole batches: (B, 3, M, M) float32 images and (B,) labels on the device"
     def __init__(self,
-        split:Split,  # images of at least `image_size`
+        split:Split,  # images of at least image_size
         bs:int,  # images in a batch
         image_size:int,  # side M of the images that come out, in pixels
         train:bool=False,  # shuffle, crop at random, and drop the last incomplete batch
@@ -302,7 +302,7 @@ def image_loaders(
     normalize:bool=True,  # by ImageNet's mean and std; else leave [0, 1], as FFT wants it
     device:str='cpu',  # where the batches are made
     augment:str='crop'  # of the training images: 'crop', or 'resized_crop' for windows of any size
-)->DataLoaders:  # `train` shuffled, cropped and mirrored at random; `valid` the test split as it is
+)->DataLoaders:  # train shuffled, cropped and mirrored at random; valid the test split as it is
     "fastai loaders of a data set"
     check_int('bs', bs)
     size = data.test.images.shape[1]

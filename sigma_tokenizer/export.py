@@ -26,7 +26,7 @@ def _stable_sort(x, stable=None, dim=-1, descending=False):
 _onnx = 'vit', 'vit_conv', 'vit_conv_gated', 'msvd', 'msvd_gated'
 
 def export_onnx(
-    model:SigmaModel,  # in evaluation mode; its `keep` becomes part of the graph
+    model:SigmaModel,  # in evaluation mode; its keep becomes part of the graph
     path:str|Path,  # the file: images (B, 3, M, M) -> logits (B, num_classes), for any B
     atol:float=1e-4  # largest accepted difference of a logit
 )->float:  # the largest difference found

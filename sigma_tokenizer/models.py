@@ -53,7 +53,7 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
                  tags=['image-classification', 'vision-transformer', 'image-tokenizer']):
     "A `VisionTransformer` with the tokenizer of that name; without further arguments the size of ViT-B"
     def __init__(self,
-        name:str,  # one of `list_models()`
+        name:str,  # one of list_models()
         image_size:int=256,  # side M of the images, in pixels
         num_classes:int=6,  # classes; 0 for no head: the features come out
         embed_dim:int=768,  # width D of a token
@@ -99,8 +99,8 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
         self.classes = None
 
 def create_model(
-    name:str,  # one of `list_models()`
-    **kwargs  # arguments of `SigmaModel`, and the tokenizer's own
+    name:str,  # one of list_models()
+    **kwargs  # arguments of SigmaModel, and the tokenizer's own
 )->SigmaModel:
     "A model, untrained"
     return SigmaModel(name, **kwargs)
@@ -109,8 +109,8 @@ def create_model(
 @patch
 def save_pretrained(self:SigmaModel,
     folder:str|Path,  # made if it is not there
-    *, config:dict|None=None,  # instead of `model.config`
-    **kwargs  # of `PyTorchModelHubMixin.save_pretrained`
+    *, config:dict|None=None,  # instead of model.config
+    **kwargs  # of PyTorchModelHubMixin.save_pretrained
 ):
     "Write `model.safetensors`, `config.json` and a model card, each file whole or not at all"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ def save_pretrained(self:SigmaModel,
 
 @patch(cls_method=True)
 def from_pretrained(cls:SigmaModel,
-    name:str|Path,  # a folder, one of `list_pretrained()`, or a name on the Hugging Face Hub such as user/model
-    **kwargs  # of `PyTorchModelHubMixin.from_pretrained`
+    name:str|Path,  # a folder, one of list_pretrained(), or a name on the Hugging Face Hub such as user/model
+    **kwargs  # of PyTorchModelHubMixin.from_pretrained
 )->SigmaModel:  # in evaluation mode, on the CPU
     "The model that `save_pretrained` wrote"
     if str(name) in list_pretrained() and not Path(name).is_dir(): name = str(_trained/str(name))

@@ -16,7 +16,7 @@ from .stem import ConvStem
 class MSVDTokenizer(nn.Module):
     "Tokens of two convolutional branches, U and V, joined by a linear layer"
     def __init__(self,
-        image_size:int=256,  # side M of the images that `n_tokens` is for, in pixels; others are accepted
+        image_size:int=256,  # side M of the images that n_tokens is for, in pixels; others are accepted
         patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
         embed_dim:int=768  # width D of a token
     ):
@@ -37,7 +37,7 @@ class MSVDTokenizer(nn.Module):
 class Gated(nn.Module):
     "Any tokenizer with a score for each token, in `scores` and multiplied into the token"
     def __init__(self,
-        tokenizer:nn.Module,  # images -> `Tokens`; has `embed_dim` and `n_tokens`
+        tokenizer:nn.Module,  # images -> Tokens; has embed_dim and n_tokens
         hidden:int=128  # hidden width of the scorer
     ):
         super().__init__()

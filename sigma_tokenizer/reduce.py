@@ -29,7 +29,7 @@ class RestToken(nn.Module):
         self.write = nn.Linear(hidden or embed_dim, embed_dim)
 
     def forward(self,
-        t:Tokens,  # with scores, unless `keep` is None
+        t:Tokens,  # with scores, unless keep is None
         keep:TopK|TopP|None  # the budget
     )->Tokens:  # the rest token, at position -1 with score 0, is padding where nothing is dropped
         if keep is None: return t
@@ -46,7 +46,7 @@ class RestToken(nn.Module):
 class MergeDropped(nn.Module):
     "Each dropped token is averaged into the kept token that is most like it"
     def forward(self,
-        t:Tokens,  # with scores, unless `keep` is None
+        t:Tokens,  # with scores, unless keep is None
         keep:TopK|TopP|None  # the budget
     )->Tokens:  # as many as the budget keeps
         if keep is None: return t

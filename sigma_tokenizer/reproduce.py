@@ -56,7 +56,7 @@ def list_presets()->list[str]:
     return sorted(p.name.removesuffix('.toml') for p in _presets.iterdir() if p.name.endswith('.toml'))
 
 def load_preset(
-    name:str  # one of `list_presets()`, or the path of a TOML file like theirs
+    name:str  # one of list_presets(), or the path of a TOML file like theirs
 )->Preset:  # data, runs, seeds, repeat, model, train
     "A preset's settings"
     file = _presets/f'{name}.toml' if name in list_presets() else Path(name)
@@ -67,9 +67,9 @@ def load_preset(
 # %% ../nbs/13_reproduce.ipynb #856a7583
 def run_config(
     preset:Preset,
-    run:str,  # a run of `experiments.toml`
+    run:str,  # a run of experiments.toml
     epochs:int=None  # instead of the preset's
-)->dict:  # model (arguments of `create_model`), train, sparsity, sparsity_kind, budgets, distil, normalize
+)->dict:  # model (arguments of create_model), train, sparsity, sparsity_kind, budgets, distil, normalize
     "All settings of one run but its seed and data"
     experiment, model = load_experiments()[run], dict(preset['model'])
     args = dict(experiment.get('args', {}))
@@ -154,15 +154,15 @@ def _rows(run, config):
 
 # %% ../nbs/13_reproduce.ipynb #a2b2d532
 def run_once(
-    run:str,  # a run of `experiments.toml`
-    config:dict,  # `run_config`
+    run:str,  # a run of experiments.toml
+    config:dict,  # run_config
     seed:int,
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # in seconds, as `time.time()` tells it: no epoch is begun that would end later
+    deadline:float=math.inf,  # in seconds, as time.time() tells it: no epoch is begun that would end later
     folder:Path=None  # where to keep the trained model
-)->tuple[dict, dict]|None:  # result and predictions as `save_result` takes them; None if the deadline came first
+)->tuple[dict, dict]|None:  # result and predictions as save_result takes them; None if the deadline came first
     "Train one model and evaluate it for all its rows"
     source, t = provenance(device), config['train']  # before training: the files may change while it lasts
     made_of = json.dumps([run, config, seed, _describe(data), _code_digest(), source['versions'], source['device']])
@@ -192,14 +192,14 @@ def run_once(
 
 # %% ../nbs/13_reproduce.ipynb #ae07f056
 def run_job(
-    run:str,  # a run of `experiments.toml`
+    run:str,  # a run of experiments.toml
     seed:int,
-    config:dict,  # `run_config`
-    data:str,  # as `load_data` takes it
+    config:dict,  # run_config
+    data:str,  # as load_data takes it
     holdout:float|None,  # evaluate on this share of the training images
     device:str,
     out:str,  # folder of the results
-    deadline:float=math.inf,  # in seconds, as `time.time()` tells it
+    deadline:float=math.inf,  # in seconds, as time.time() tells it
     check:bool=False,  # two steps with batches of two images, and no result
     fingerprint:str=None,  # of the data that are meant: others are refused
     weights:bool=False  # keep the trained model beside its result
@@ -238,7 +238,7 @@ def _logged(job):
         except Exception as e: traceback.print_exc(); raise RuntimeError(f'{e}; its log is {f.name}') from None
 
 def run_jobs(
-    todo:list[dict],  # arguments of `run_job`
+    todo:list[dict],  # arguments of run_job
     jobs:int=1  # processes side by side; 1 runs in this process
 ):  # yields (job, whether it is done) as each ends
     "Do all jobs; one that fails is raised at the end, and stops no other"
@@ -266,7 +266,7 @@ def run_jobs(
 
 # %% ../nbs/13_reproduce.ipynb #9ccbc65a
 def reproduce(
-    preset:str='quick',  # one of `list_presets()`, or the path of a TOML file like theirs
+    preset:str='quick',  # one of list_presets(), or the path of a TOML file like theirs
     data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
     methods:list[str]=None,  # runs, or models for all of their runs in the preset; None for all
     seeds:list[int]=None,  # the preset's if None
@@ -278,7 +278,7 @@ def reproduce(
     minutes:float=None,  # begin no epoch that would end later; the next call goes on
     check:bool=False,  # instead: two steps of every run at full size, and no results
     weights:bool=False  # keep each trained model too
-)->pd.DataFrame:  # `result_table` of all results in `out`
+)->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
     start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{Path(preset).stem}')
     todo = plan(settings, methods, seeds)

@@ -76,7 +76,7 @@ def from_mean(cls:TopP,
 def gather_kept(
     t:Tokens,
     kept:Tensor,  # (B, N) bool, the tokens to keep
-    most:int|None=None  # the largest count an image can keep, N if None: the length inside `torch.export`
+    most:int|None=None  # the largest count an image can keep, N if None: the length inside torch.export
 )->Tokens:  # N is the largest count kept in any image
     "Only the kept tokens, in their old order"
     n, exporting = kept.sum(1), torch.compiler.is_exporting()
@@ -109,7 +109,7 @@ def keep_mask(
     return keep(t.scores, t.mask)
 
 def select(
-    t:Tokens,  # with scores, unless `keep` is None
+    t:Tokens,  # with scores, unless keep is None
     keep:TopK|TopP|None  # the budget; None keeps all
 )->Tokens:
     "The tokens that fit the budget; the others are dropped"

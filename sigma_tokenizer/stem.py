@@ -67,7 +67,7 @@ def forward_groups(self:ConvStem,
 class ConvTokenizer(nn.Module):
     "Tokens of one convolutional stem and a linear layer: the control for `MSVDTokenizer`"
     def __init__(self,
-        image_size:int=256,  # side M of the images that `n_tokens` is for, in pixels; others are accepted
+        image_size:int=256,  # side M of the images that n_tokens is for, in pixels; others are accepted
         patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
         embed_dim:int=768  # width D of a token
     ):

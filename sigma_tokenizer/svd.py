@@ -117,7 +117,7 @@ def leading_triplets(
 # %% ../nbs/06_svd.ipynb #8d90b230
 def sure_rank(
     S:Tensor,  # (B, C, q) leading singular values
-    residual:Tensor,  # (B, C, q), of `leading_triplets`
+    residual:Tensor,  # (B, C, q), of leading_triplets
     total:Tensor,  # (B,) float64, the squared Frobenius norms over all channels
     p:float  # share of the total to hold, 0 < p <= 1
 )->tuple[Tensor, Tensor]:  # (B,) int64 ranks by the squared criterion; (B,) bool: which of them are certain

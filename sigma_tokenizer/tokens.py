@@ -21,7 +21,7 @@ class Tokens:
     mask:Tensor  # (B, N) bool, True for a real token, False for padding
     scores:Tensor|None  # (B, N) in [0, 1], 0 at padding; None without a scorer
     position:Tensor  # (B, N) int64 in the full sequence; -1 for a token that sums up several
-    padded:bool=True  # False promises that `mask` is all True
+    padded:bool=True  # False promises that mask is all True
 
     @property
     def lengths(self)->Tensor:  # (B,) int64
@@ -145,7 +145,7 @@ def show_images(
     images,  # a sequence of (3, H, W) or (H, W) tensors
     titles=(),  # one for each image, or none
     size:float=2.,  # height in inches
-    **kw  # passed to `Axes.imshow`
+    **kw  # passed to Axes.imshow
 ):
     "Show images side by side"
     import matplotlib.pyplot as plt

@@ -138,9 +138,9 @@ class BFloat16(Callback):
 # %% ../nbs/11_training.ipynb #9d041af8
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits
-    dls:DataLoaders,  # such as `image_loaders`
+    dls:DataLoaders,  # such as image_loaders
     wd:float=0.,  # decoupled weight decay; 0 makes AdamW the plain Adam
-    cbs=()  # further callbacks, such as `SparsityLoss(.0125)`
+    cbs=()  # further callbacks, such as SparsityLoss(.0125)
 )->Learner:
     "A fastai learner: cross-entropy, AdamW, accuracy"
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
@@ -170,7 +170,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path:str|Path=None,  # the checkpoint; none is kept if None
         made_of:str='',  # what the run is made of: a checkpoint of anything else is refused
-        deadline:float=math.inf  # in seconds, as `time.time()` tells it
+        deadline:float=math.inf  # in seconds, as time.time() tells it
     ):
         self.path, self.made_of, self.deadline = path and Path(path), made_of, deadline
         self.log, self.saved = [], None
@@ -215,11 +215,11 @@ class Checkpoint(Callback):
 
 # %% ../nbs/11_training.ipynb #92492228
 def train(
-    learn:Learner,  # of `create_learner`
+    learn:Learner,  # of create_learner
     epochs:int,  # in all, those of a checkpoint included
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
-    **checkpoint  # arguments of `Checkpoint`: path, made_of, deadline
+    **checkpoint  # arguments of Checkpoint: path, made_of, deadline
 )->list[dict]:  # for each epoch: epoch, train_loss (a running mean), train_accuracy, seconds
     "Fit without validation; the log is shorter than `epochs` if the deadline comes first"
     if schedule not in ('one_cycle', 'constant'):

@@ -49,10 +49,10 @@ class Attention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2*dim), nn.Linear(dim, dim)
 
     def forward(self,
-        x:Tensor,  # (B, N, D), or the real tokens of `mask` alone, (T, D)
+        x:Tensor,  # (B, N, D), or the real tokens of mask alone, (T, D)
         mask:Tensor|None=None,  # (B, N) bool, True for a key that may be looked at; None for all
         cls_only:bool=False  # only what the first token gets
-    )->Tensor:  # as x; (B, 1, D) with `cls_only`
+    )->Tensor:  # as x; (B, 1, D) with cls_only
         q, kv, packed = self.q(x[:, :1] if cls_only else x), self.kv(x), x.ndim == 2
         if packed: q, kv = pad_tokens(q, mask), pad_tokens(kv, mask)
         q, (k, v) = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
@@ -100,10 +100,10 @@ class Block(nn.Module):
             nn.init.xavier_uniform_(m.weight, gain); nn.init.zeros_(m.bias)
 
     def forward(self,
-        x:Tensor,  # (B, N, D), or the real tokens of `mask` alone, (T, D)
+        x:Tensor,  # (B, N, D), or the real tokens of mask alone, (T, D)
         mask:Tensor|None=None,  # (B, N) bool, True for a key that may be looked at; None for all
         cls_only:bool=False  # only the first token
-    )->Tensor:  # as x; (B, 1, D) with `cls_only`
+    )->Tensor:  # as x; (B, 1, D) with cls_only
         h = self.attn(self.norm1(x), mask, cls_only)
         x = (x[:, :1] if cls_only else x) + self.drop(h)
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -112,15 +112,15 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer, with the class token's output classified"
     def __init__(self,
-        tokenizer:nn.Module,  # images -> `Tokens`; has `embed_dim` and `n_tokens`
+        tokenizer:nn.Module,  # images -> Tokens; has embed_dim and n_tokens
         num_classes:int=6,  # classes; 0 for no head: the features come out
         depth:int=12,  # blocks
-        num_heads:int=12,  # attention heads, a divisor of the tokenizer's `embed_dim`
+        num_heads:int=12,  # attention heads, a divisor of the tokenizer's embed_dim
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of the token width
         drop_rate:float=.1,  # dropout, on the positions and inside the blocks
         pos_embed:str='sinusoidal',  # 'sinusoidal' or 'learned'
         keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all tokens
-        reduction:nn.Module|None=None  # (`Tokens`, budget) -> `Tokens`; None drops (`select`)
+        reduction:nn.Module|None=None  # (Tokens, budget) -> Tokens; None drops (select)
     ):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
@@ -165,7 +165,7 @@ def embed(self:VisionTransformer,
 # %% ../nbs/04_vit.ipynb #610c3c72
 @patch
 def encode(self:VisionTransformer,
-    t:Tokens  # of `embed` or `reduce`
+    t:Tokens  # of embed or reduce
 )->Tensor:  # (B, D)
     "The class token's output for these tokens, and no others"
     cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
@@ -179,7 +179,7 @@ def encode(self:VisionTransformer,
 # %% ../nbs/04_vit.ipynb #5cc8ba93
 @patch
 def reduce(self:VisionTransformer,
-    t:Tokens,  # of `embed`
+    t:Tokens,  # of embed
     keep:TopK|TopP|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
@@ -201,7 +201,7 @@ def forward_features(self:VisionTransformer,
 
 @patch
 def forward_head(self:VisionTransformer,
-    x:Tensor,  # (B, D), of `forward_features`
+    x:Tensor,  # (B, D), of forward_features
     pre_logits:bool=False  # give back the features
 )->Tensor:  # (B, num_classes), or (B, D)
     "Logits of the features"
@@ -224,6 +224,6 @@ def no_weight_decay(self:VisionTransformer
 
 @patch
 def get_classifier(self:VisionTransformer
-)->nn.Module:  # `nn.Identity` if there is none
+)->nn.Module:  # nn.Identity if there is none
     "The head"
     return self.head
