@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -126,7 +127,10 @@ def load_predictions(
     path:str|Path  # of the result
 )->dict[str, np.ndarray]:  # labels (n,); preds, lengths and mostly confidence (rows, n)
     "What a run's model predicted for every test image, and with how many tokens"
-    with np.load(Path(path).with_suffix('.npz'), allow_pickle=False) as f: return dict(f)
+    path = Path(path).with_suffix('.npz')
+    try:
+        with np.load(path, allow_pickle=False) as f: return dict(f)
+    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f'{path}: no predictions: {e}') from None
 
 def load_results(out:str|Path)->list[Result]:
     "All results in the folder `out`, by name"
@@ -189,6 +193,8 @@ def paired(
     A, B = row_predictions(out, a), row_predictions(out, b)
     if not (seeds := sorted(set(A) & set(B))):
         raise ValueError(f'rows: got seeds {list(A)} and {list(B)}; accepted: a seed in common')
+    if any(not np.array_equal(A[s]['labels'], B[s]['labels']) for s in seeds):
+        raise ValueError(f'rows: got {a!r} and {b!r} of other images; accepted: the same test images')
     ra, rb = (np.stack([x[s]['preds'] == x[s]['labels'] for s in seeds]) for x in (A, B))
     gain = ra.mean(0) - rb.mean(0); low = high = gain[0]
     if gain.std():

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
-from .tokens import check_int, imagenet_normalize
+from .tokens import check_int, check_number, imagenet_normalize
 
 # %% ../nbs/10_data.ipynb #485d1ed9
 @contextmanager
@@ -159,6 +159,7 @@ def _read_split(root, folder, classes, side):
     "One split, and what the cache knows about its files"
     index = {c: i for i, c in enumerate(classes)}
     found = make_dataset(folder, index, (*IMG_EXTENSIONS, '.gif'), allow_empty=True)
+    found = [f for f in found if not any(p[0] == '.' for p in Path(f[0]).relative_to(folder).parts)]
     images, meta = _cached(root, [Path(f) for f, _ in found], side)
     files, labels = zip(*[found[i] for i in meta['kept']])
     if gone := {*classes} - {classes[i] for i in labels}:
@@ -221,6 +222,7 @@ def hold_out(
     share:float  # of the training images, 0 < share < 1
 )->ImageData:  # with evaluated='holdout'
     "Train on a part of the training split, evaluate on the rest of it, leave the test split alone"
+    check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
     y, side = data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
     small, cut = data.train.images[held], (data.train.images.shape[1] - side)//2

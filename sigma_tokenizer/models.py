@@ -9,6 +9,7 @@ __all__ = ['list_models', 'list_pretrained', 'SigmaModel', 'create_model']
 import os
 from dataclasses import asdict
 from importlib.resources import files
+from json import JSONDecodeError
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ except ImportError:  # missing or too old: models work, but cannot be saved
         @classmethod
         def from_pretrained(cls, *args, **kw): raise ImportError('saving and loading models needs huggingface_hub>=0.26')
         save_pretrained = push_to_hub = from_pretrained
+        _hub_mixin_config = {}
 
 # %% ../nbs/09_models.ipynb #b8feb810
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer, svd=SVDTokenizer, msvd=MSVDTokenizer,
@@ -83,20 +85,30 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
         if isinstance(keep, dict): keep = (TopK if 'k' in keep else TopP)(**keep)  # of config.json
         super().__init__(Gated(tokenizer) if gated else tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
                          'learned' if name == 'vit' else 'sinusoidal', keep, _reductions[reduction](embed_dim))
-        self.classes, self.normalize = classes, name != 'fft' if normalize is None else normalize
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f'classes: got {len(classes)}; accepted: {num_classes}, as num_classes says')
+        self.classes = None if classes is None else [str(c) for c in classes]
+        self.normalize = name != 'fft' if normalize is None else normalize
         self._made_of = dict(name=name, image_size=image_size, embed_dim=embed_dim, patch_size=patch_size, depth=depth,
                              num_heads=num_heads, mlp_ratio=mlp_ratio, drop_rate=drop_rate, reduction=reduction, **kw)
 
-    @property
-    def config(self)->dict:
-        "The arguments that make this model, as JSON takes them"
-        return self._made_of | dict(num_classes=self.num_classes, keep=self.keep and asdict(self.keep),
-                                    classes=self.classes and [str(c) for c in self.classes], normalize=self.normalize)
+# %% ../nbs/09_models.ipynb #955a58cd
+def _plain(v):
+    "Python's own numbers and lists, for JSON, of numpy's"
+    if isinstance(v, dict): return {k: _plain(x) for k, x in v.items()}
+    return v.tolist() if hasattr(v, 'tolist') else v
 
-    def reset_classifier(self, num_classes, global_pool=None):
-        "A new head, untrained, for other classes"
-        super().reset_classifier(num_classes, global_pool)
-        self.classes = None
+@patch(as_prop=True)
+def config(self:SigmaModel)->dict:
+    "The arguments that make this model, as JSON takes them"
+    return _plain(self._made_of | dict(num_classes=self.num_classes, keep=self.keep and asdict(self.keep),
+                                       classes=self.classes, normalize=self.normalize))
+
+@patch
+def reset_classifier(self:SigmaModel, num_classes, global_pool=None):
+    "A new head, untrained, for other classes"
+    super(SigmaModel, self).reset_classifier(num_classes, global_pool)
+    self.classes = None
 
 def create_model(
     name:str,  # one of list_models()
@@ -116,7 +128,7 @@ def save_pretrained(self:SigmaModel,
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix='.saving') as tmp:
         kwargs['repo_id'] = kwargs.get('repo_id') or folder.resolve().name
-        said = super(SigmaModel, self).save_pretrained(tmp, config=config or self.config, **kwargs)
+        said = super(SigmaModel, self).save_pretrained(tmp, config=config or self._hub_mixin_config | self.config, **kwargs)
         for file in Path(tmp).iterdir():  # a model card that is there stays
             if file.name != 'README.md' or not (folder/'README.md').exists(): os.replace(file, folder/file.name)
     return said
@@ -131,7 +143,8 @@ def from_pretrained(cls:SigmaModel,
     elif not Path(name).is_dir() and str(name).count('/') != 1:
         raise FileNotFoundError(f'name: got {str(name)!r}; accepted: a folder, {", ".join(list_pretrained())}, '
                                 'or a name on the Hugging Face Hub such as user/model')
-    return super(SigmaModel, cls).from_pretrained(name, **kwargs)
+    try: return super(SigmaModel, cls).from_pretrained(name, **kwargs)
+    except JSONDecodeError as e: raise ValueError(f'{name}: config.json is no JSON: {e}') from None
 
 @patch(cls_method=True)
 def _from_pretrained(cls:SigmaModel, *, model_id, map_location='cpu', proxies=None, resume_download=None, **kw):
@@ -140,5 +153,5 @@ def _from_pretrained(cls:SigmaModel, *, model_id, map_location='cpu', proxies=No
     if 'name' not in kw: raise FileNotFoundError(f'name: got {model_id!r}, without a config.json that names a model')
     file = os.path.join(model_id, 'model.safetensors')
     if not os.path.isdir(model_id): file = hf_hub_download(model_id, 'model.safetensors', **hub)
-    try: return cls._load_as_safetensor(cls(**kw), file, map_location, True)
+    try: return cls._load_as_safetensor(cls(**kw), file, map_location, True).eval()
     except (RuntimeError, SafetensorError) as e: raise ValueError(f'{file}: {e}') from None

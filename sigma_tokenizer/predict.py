@@ -56,7 +56,7 @@ def show_kept(
     scores:Tensor|None=None,  # (N,) in [0, 1]
     title:str='',
     fig=None  # a matplotlib figure to draw into; a new one if None
-):
+):  # the figure
     "The image, its scores if there are any, and the patches that were kept"
     import matplotlib.pyplot as plt
     g = math.isqrt(kept.shape[-1])
@@ -70,6 +70,7 @@ def show_kept(
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
     fig.suptitle(title, fontsize=10)
+    return fig
 
 # %% ../nbs/14_predict.ipynb #6e5406f1
 def predict_files(

@@ -29,7 +29,7 @@ class ConvStem(nn.Module):
         if patch_size & (patch_size - 1):
             raise ValueError(f'patch_size: got {patch_size}; accepted: a power of two, one block for each halving')
         self.out_chans = in_chans*patch_size**2
-        self.blocks = nn.ModuleList([conv_block(in_chans*4**i) for i in range(patch_size.bit_length() - 1)])
+        self.blocks = nn.ModuleList([conv_block(in_chans*4**i) for i in range(int(patch_size).bit_length() - 1)])
         self.mix = nn.Conv2d(self.out_chans, self.out_chans, 1, bias=False)
 
     def forward(self,

@@ -142,7 +142,9 @@ def create_learner(
     wd:float=0.,  # decoupled weight decay; 0 makes AdamW the plain Adam
     cbs=()  # further callbacks, such as SparsityLoss(.0125)
 )->Learner:
-    "A fastai learner: cross-entropy, AdamW, accuracy"
+    "A fastai learner: cross-entropy, AdamW, accuracy; a model without names for its classes takes those of the data"
+    if getattr(model, 'classes', 0) is None and len(vocab := getattr(dls, 'vocab', ())) == model.num_classes:
+        model.classes = [*map(str, vocab)]
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
                    wd=wd, metrics=accuracy, cbs=cbs)
 
