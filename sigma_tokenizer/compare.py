@@ -47,7 +47,7 @@ def _budget(e, row, n):
         linear = args.get('criterion') == 'linear'
         return f'{args["energy"]:.0%} of {"singular values" if linear else "energy"}', None
     if 'filter_size' in args: return _tokens(round(n*(args['filter_size']/256)**2), n), None
-    return 'all tokens' if e['model'].endswith('_gated') else '', None
+    return 'all tokens' if e['model'].endswith('_gated') or len(e['rows']) > 1 else '', None
 
 def run_rows(
     run:str,  # a run of experiments.toml

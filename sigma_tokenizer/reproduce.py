@@ -47,7 +47,7 @@ _training = dict(epochs=_Positive, batch_size=_Positive, lr=Annotated[float, Fie
 _Own = TypedDict('_Own', _training, total=False)  # of one method alone
 _Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
 _Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
-Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, model=dict[str, int|float],
+Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, model=dict[str, int|float|dict[str, int|float]],
                                   train=_Train))
 for t in (_Own, _Train, _Repeat, Preset): t.__pydantic_config__ = _strict
 
@@ -71,14 +71,15 @@ def run_config(
     epochs:int=None  # instead of the preset's
 )->dict:  # model (arguments of create_model), train, sparsity, sparsity_kind, budgets, distil, normalize
     "All settings of one run but its seed and data"
-    experiment, model = load_experiments()[run], dict(preset['model'])
-    args = dict(experiment.get('args', {}))
-    if 'filter_size' in args: args['filter_size'] = args['filter_size']*model['image_size']//256
+    experiment = load_experiments()[run]
+    model = {k: v for k, v in preset['model'].items() if not isinstance(v, dict)} | experiment.get('args', {})
+    if 'filter_size' in model: model['filter_size'] = model['filter_size']*model['image_size']//256
+    model |= preset['model'].get(run, {})
     train = {k: v for k, v in preset['train'].items() if not isinstance(v, dict)} | preset['train'].get(experiment['model'], {})
     if epochs is not None: train |= {'epochs': epochs}
     check_int('epochs', train['epochs'])
     defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None, normalize=True)
-    return dict(model=dict(name=experiment['model'], **model, **args), train=train,
+    return dict(model=dict(name=experiment['model'], **model), train=train,
                 **{k: experiment.get(k, v) for k, v in defaults.items()})
 
 def plan(
