@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['replaced', 'Split', 'ImageData', 'digits_data', 'decode', 'train_side', 'folder_data', 'load_data', 'hold_out',
-           'random_crop', 'random_resized_crop', 'ImageLoader', 'image_loaders']
+           'crop_together', 'random_crop', 'random_resized_crop', 'ImageLoader', 'image_loaders']
 
 # %% ../nbs/10_data.ipynb #a238b0f3
 import hashlib, json, os, secrets, shutil, sys, warnings
@@ -235,22 +235,33 @@ def hold_out(
                    test=Split(small, y[held], files(held)), evaluated='holdout', in_both=[])
 
 # %% ../nbs/10_data.ipynb #f0241e3e
+def crop_together(
+    images:Tensor,  # (B, S, S, 3)
+    top:Tensor, left:Tensor,  # (B,) first row and column of each crop
+    mirror:Tensor,  # (B,) bool
+    size:int  # side M of the crops
+)->Tensor:  # (B, M, M, 3)
+    "The crops of all images in one gather, for a GPU"
+    span, n = torch.arange(size), torch.arange(len(images))
+    rows, cols = top[:, None] + span, left[:, None] + torch.where(mirror[:, None], span.flip(0), span)
+    return images[tuple(i.to(images.device) for i in (n[:, None, None], rows[:, :, None], cols[:, None]))]
+
 def random_crop(
-    images:Tensor|list[Tensor],  # (S, S, 3) each
+    images:Tensor,  # (B, S, S, 3)
     size:int,  # side M of the crop, at most S
     flip:bool=True  # mirror each image left-right with probability 1/2
 )->Tensor:  # (B, M, M, 3)
     "A random square of each image, perhaps mirrored"
-    B, S = len(images), len(images[0])
+    B, S = images.shape[:2]
     if size > S: raise ValueError(f'size: got {size}; accepted: up to {S}, the side of the images')
-    top, left = torch.randint(S - size + 1, (2, B)).tolist()
-    crops = [im[i:i+size, j:j+size] for im, i, j in zip(images, top, left)]
-    if flip: crops = [c.flip(1) if m else c for c, m in zip(crops, (torch.rand(B) < .5).tolist())]
-    return torch.stack(crops)
+    (top, left), mirror = torch.randint(S - size + 1, (2, B)), torch.rand(B) < .5*flip
+    if images.is_cuda: return crop_together(images, top, left, mirror, size)
+    crops = [im[i:i+size, j:j+size] for im, i, j in zip(images, top.tolist(), left.tolist())]  # a tenth of the gather's time
+    return torch.stack([c.flip(1) if m else c for c, m in zip(crops, mirror.tolist())])
 
 # %% ../nbs/10_data.ipynb #a95ba789
 def random_resized_crop(
-    images:Tensor|list[Tensor],  # (S, S, 3) uint8 each
+    images:Tensor,  # (B, S, S, 3) uint8
     size:int,  # side M of the result, in pixels
     flip:bool=True  # mirror each image left-right with probability 1/2
 )->Tensor:  # (B, M, M, 3)
@@ -288,9 +299,8 @@ class ImageLoader(DataLoader):
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
-            x = [self.images[i] for i in idx]
-            x = self.augment(x, self.image_size, self.flip) if self.train else torch.stack(x)
-            yield x, self.labels[idx]
+            x = self.images[idx]
+            yield self.augment(x, self.image_size, self.flip) if self.train else x, self.labels[idx]
 
     def after_batch(self, b):
         x, y = b

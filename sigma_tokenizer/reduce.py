@@ -35,12 +35,14 @@ class RestToken(nn.Module):
         if keep is None: return t
         kept = keep_mask(t, keep); dropped = t.mask & ~kept
         short, n, exporting = gather_kept(t, kept, most(keep)), dropped.sum(1, keepdim=True), torch.compiler.is_exporting()
-        if not (exporting or n.any()): return short
+        if isinstance(keep, TopK) and keep.k >= t.x.shape[1]: return short
+        known = isinstance(keep, TopK) and not t.padded  # every image drops some: a GPU need not be waited for
+        if not (exporting or known or n.any()): return short
         weights = t.scores*dropped
         weights = weights/weights.sum(1, keepdim=True).clamp(min=1e-6)
         rest = self.write(weights[:, None].to(t.x.dtype) @ self.read(t.x))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1), F.pad(short.scores, (1, 0)),
-                      F.pad(short.position, (1, 0), value=-1), padded=exporting or short.padded or not bool(n.all()))
+                      F.pad(short.position, (1, 0), value=-1), padded=exporting or short.padded or not (known or bool(n.all())))
 
 # %% ../nbs/08_reduce.ipynb #eeb1c53e
 class MergeDropped(nn.Module):

@@ -177,15 +177,20 @@ def run_once(
         for part in model.modules():
             if isinstance(part, (Block, ConvStem)): part.compile()
     learn = create_learner(model, dls, t['wd'], _callbacks(config))
-    epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline)
-    if len(epochs) < t['epochs']: return None
+    names, keeps, reported = zip(*_rows(run, config))
+    after = len(keeps)*len(data.test)/len(data.train)/3  # a forward pass is a third of a step; short ones take less
+    epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline, after=after)
+    if len(epochs) < t['epochs'] or time.time() + after*epochs[-1]['seconds'] > deadline: return None
     if folder:
         part = folder.with_name(f'.{folder.name}.part'); shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(part); part.rename(folder)
-    trained, (names, keeps, reported) = time.perf_counter(), zip(*_rows(run, config))
+    trained = time.perf_counter()
+    precision = t['precision'] if torch.device(device).type == 'cuda' else 'float32'  # a CPU gains little
     def calibrated(length):  # on the same windows, whatever training drew and wherever it was resumed
-        set_seed(seed, reproducible=True); return calibrate(model, loaders(), length)
-    said, scores = evaluate(model, dls.valid, [calibrated(k) if isinstance(k, float) else k for k in keeps])
+        set_seed(seed, reproducible=True); return calibrate(model, loaders(), length, precision)
+    with torch.compiler.set_stance('force_eager'):  # each budget would be a new program
+        budgets = [calibrated(k) if isinstance(k, float) else k for k in keeps]
+        said, scores = evaluate(model, dls.valid, budgets, precision)
     rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(said['labels'], p, l))
             for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took

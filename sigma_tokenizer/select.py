@@ -76,15 +76,16 @@ def from_mean(cls:TopP,
 def gather_kept(
     t:Tokens,
     kept:Tensor,  # (B, N) bool, the tokens to keep
-    most:int|None=None  # the largest count an image can keep, N if None: the length inside torch.export
+    most:int|None=None  # how many an image without padding keeps; None where that depends on its scores
 )->Tokens:  # N is the largest count kept in any image
     "Only the kept tokens, in their old order"
     n, exporting = kept.sum(1), torch.compiler.is_exporting()
-    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most if exporting else int(n.max())]
+    known = exporting or not t.padded and most is not None  # a GPU need not be waited for
+    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most if known else int(n.max())]
     x = t.x.gather(1, order[..., None].expand(-1, -1, t.x.shape[2]))
     mask = torch.arange(order.shape[1], device=n.device) < n[:, None]
     scores = None if t.scores is None else t.scores.gather(1, order).masked_fill(~mask, 0)
-    return Tokens(x, mask, scores, t.position.gather(1, order), padded=exporting or not bool(mask.all()))
+    return Tokens(x, mask, scores, t.position.gather(1, order), padded=exporting or not (known or bool(mask.all())))
 
 # %% ../nbs/02_select.ipynb #a83a3725
 def check_keep(

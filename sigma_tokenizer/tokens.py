@@ -72,6 +72,7 @@ def check_finite(
     "Raise a `ValueError` unless all numbers are finite"
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f'{name}: got {getattr(x, "dtype", type(x).__name__)}; accepted: a floating point torch.Tensor')
+    if x.is_cuda and torch.is_grad_enabled(): return  # training would wait for the GPU at every step
     # a finite sum has only finite terms, and is far cheaper than a look at each
     if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
         raise ValueError(f'{name}: got NaN or infinite values; accepted: finite ones')
