@@ -92,27 +92,27 @@ def _orthonormal(
     L, failed = torch.linalg.cholesky_ex(gram*scale[..., None]*scale[..., None, :] + shift*torch.finfo(Y.dtype).eps*one)
     back = scale[..., None]*torch.linalg.solve_triangular(L.mT, one.expand_as(L), upper=True)
     Q = Y @ back
-    return torch.where(failed[..., None, None] > 0, before, Q) if failed.any() else Q
+    return torch.where(failed[..., None, None] > 0, before, Q) if Q.is_cuda or failed.any() else Q  # a GPU is not waited for
 
 # %% ../nbs/06_svd.ipynb #596283a2
 @torch.no_grad()
 def leading_triplets(
     x:Tensor,  # (..., M, M) matrices
-    q:int,  # how many, at most M
-    steps:int=6  # of the power iteration
-)->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q), residuals ||X^T u - sigma v|| (..., q)
+    Q:Tensor,  # (M, q) or (..., M, q), orthonormal columns: where to start
+    steps:int  # of the power iteration
+)->tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q), residuals ||X^T u - sigma v|| (..., q); X^T X Q
     "Approximate leading singular triplets, in float32 or better; signs as they come"
     check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
-        x = _at_least_float32(x)
-        Q = start_basis(x.shape[-1], q, x.device).to(x).expand(*x.shape[:-1], q)
+        x = _at_least_float32(x); Q = Q.to(x).expand(*x.shape[:-1], Q.shape[-1])
         for _ in range(steps): Q = _orthonormal(x.mT @ (x @ Q), Q)
         Q = _orthonormal(Q, Q, shift=0)
-        Y = x @ Q
+        Y = x @ Q; Z = x.mT @ Y
         lam, W = torch.linalg.eigh((Y.mT @ Y).double())  # Rayleigh-Ritz: the best triplets within the block
         S, W = lam.flip(-1).clamp(min=0).sqrt().to(x), W.flip(-1).to(x)
-        U, V = Y @ W * torch.where(S > 0, 1/S, 0)[..., None, :], Q @ W
-        return U, S, V, torch.linalg.vector_norm(x.mT @ U - V*S[..., None, :], dim=-2)
+        inverse = torch.where(S > 0, 1/S, 0)[..., None, :]
+        V = Q @ W
+        return Y @ W * inverse, S, V, torch.linalg.vector_norm(Z @ W * inverse - V*S[..., None, :], dim=-2), Z
 
 # %% ../nbs/06_svd.ipynb #8d90b230
 def sure_rank(
@@ -133,6 +133,9 @@ def sure_rank(
     return k, (k <= S.shape[-1]) & clear & (worst <= 1e-4*total.sqrt())
 
 # %% ../nbs/06_svd.ipynb #0e250e3b
+# M over the width of the block, and the steps of the power iteration before each check
+_rounds = {False: [(8, (3, 2)), (4, (3, 3))], True: [(4, (5,))]}  # True: a GPU waits for each answer longer than it computes
+
 @torch.no_grad()
 def kept_triplets(
     x:Tensor,  # (B, C, M, M)
@@ -146,12 +149,17 @@ def kept_triplets(
         total = x.square().sum((2, 3)).double().sum(1)
         if not total.isfinite().all():
             raise ValueError(f'x: got values up to {x.abs().max():.3g}; accepted: those whose squares {x.dtype} can add up')
-        for q in (x.shape[-1]//8, x.shape[-1]//4) if criterion == 'squared' else ():
-            if not len(todo) or not q: break
-            U, S, V, residual = leading_triplets(x if len(todo) == len(x) else x[todo], q)
-            k, sure = sure_rank(S, residual, total[todo], p)
-            parts.append((todo[sure], U[sure], S[sure], V[sure], k[sure]))
-            todo = todo[~sure]
+        M = x.shape[-1]
+        for part, plan in _rounds[x.device.type == 'cuda'] if criterion == 'squared' and M >= 8 else ():
+            Q, wider = start_basis(M, M//part, x.device), []
+            for steps in plan:
+                if not len(todo): break
+                U, S, V, residual, Z = leading_triplets(x if len(todo) == len(x) else x[todo], Q, steps)
+                k, sure = sure_rank(S, residual, total[todo], p)
+                done, on, far = (which.nonzero()[:, 0] for which in (sure, ~sure & (k <= M//part), ~sure & (k > M//part)))
+                parts.append((todo[done], U[done], S[done], V[done], k[done])); wider.append(todo[far])
+                todo, Q = todo[on], _orthonormal(Z[on], V[on])
+            todo = torch.cat([*wider, todo]).sort()[0]
         if len(todo):
             S, V = _gram_spectrum(x[todo])
             k = energy_rank(S, p, criterion); n = int(k.max())
