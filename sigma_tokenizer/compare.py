@@ -234,7 +234,10 @@ _looks = {  # title -> colour, marker, line
     'mSVD, random budgets in training': ('#CC79A7', 'v', '-'),
     'mSVD, trained to be short': ('#009E73', '.', '-'),
     'mSVD, trained to be short, layer before the rest token': ('#56B4E9', '+', ':'),
-    'ViT, convolutional stem, trained to be short': ('#777777', '.', '-')}
+    'ViT, convolutional stem, trained to be short': ('#777777', '.', '-'),
+    'mSVD, averaged over a grid': ('#009E73', 'x', ':'), 'CNN stem, trained to be short': ('#0072B2', '.', '-'),
+    'CNN stem, averaged over a grid': ('#0072B2', 'x', ':'), 'Plain CNN': ('black', None, '--'),
+    "mSVD's stems, no Transformer": ('#009E73', None, '--')}  # without a marker: a level, whatever the length
 
 @_styled()
 def plot_tokens(
@@ -250,7 +253,9 @@ def plot_tokens(
             budget = r', \d+% of' if label == 'SVD' else r'(, (all|\d+ of \d+) tokens)?$'
             part = t[t.row.str.match(re.escape(label) + budget)].sort_values('mean_length')
             look = dict(color=colour, marker=marker, ls=line, label=label)
-            if len(part): ax.plot(part.mean_length, part.accuracy, **look)
+            if not len(part): continue
+            if marker: ax.plot(part.mean_length, part.accuracy, **look)
+            else: ax.axhline(part.accuracy.iloc[0], color=colour, ls=line, lw=1, label=label)
         ax.set(xscale='log', xlim=(1.7, 320), title=name, xlabel='mean tokens, with class token')
         ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks); ax.minorticks_off(); ax.grid()
     axes[0].set_ylabel('accuracy')

@@ -47,8 +47,8 @@ _training = dict(epochs=_Positive, batch_size=_Positive, lr=Annotated[float, Fie
 _Own = TypedDict('_Own', _training, total=False)  # of one method alone
 _Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
 _Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
-Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, model=dict[str, int|float|dict[str, int|float]],
-                                  train=_Train))
+Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, train=_Train,
+                                  model=dict[str, int|float|dict[str, int|float]]))
 for t in (_Own, _Train, _Repeat, Preset): t.__pydantic_config__ = _strict
 
 def list_presets()->list[str]:
@@ -267,7 +267,7 @@ def reproduce(
     device:str=None,  # a GPU if there is one, if None
     out:str=None,  # folder of the results; runs/PRESET if None
     jobs:int=1,  # trainings side by side
-    minutes:float=None,  # begin no epoch that would end later; the next call goes on
+    minutes:float=None,  # stop in time, evaluation included; the next call goes on
     check:bool=False,  # instead: two steps of every run at full size, and no results
     weights:bool=False  # keep each trained model too
 )->pd.DataFrame:  # result_table of all results in out
@@ -284,6 +284,9 @@ def reproduce(
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out, {len(dataset.in_both)} images in both splits')
+    if torch.device(device).type == 'cuda':
+        size = sum(s.images.nbytes for s in (dataset.train, dataset.test))
+        print(f'{jobs} copies of the images on the GPU, one for each job: {jobs*size/2**30:.1f} GiB')
     out.mkdir(parents=True, exist_ok=True)
     common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out),
                   check=check, weights=weights, deadline=math.inf if minutes is None else start + 60*minutes)
@@ -334,7 +337,7 @@ def _check_same(result, config, data, out):
 # %% ../nbs/13_reproduce.ipynb #13e4870d
 @call_parse
 def sigma_reproduce(
-    preset:str='quick',  # quick, small, small_half, small_long, short_ablations, paper, paper_long, or a TOML file like theirs
+    preset:str='quick',  # quick, small, small_half, small_long, medium, short_ablations, paper, paper_long, or a TOML file like theirs
     data:str=None,  # digits, intel, or a folder with a training and a test split (default: the preset's)
     methods:str=None,  # runs or models, separated by commas (default: all of the preset)
     seeds:str=None,  # separated by commas (default: the preset's)
@@ -342,7 +345,7 @@ def sigma_reproduce(
     holdout:float=None,  # evaluate on this share of the training images instead of the test split
     device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
     out:str=None,  # folder of the results (default: runs/PRESET)
-    jobs:int=1,  # trainings side by side, each a process with its own log
+    jobs:int=1,  # trainings side by side, each a process with its own log and, on a GPU, its own copy of the images
     minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
     check:store_true=False,  # train two steps of every run at full size, and keep nothing
     weights:store_true=False  # keep each trained model beside its result
