@@ -102,7 +102,6 @@ def leading_triplets(
     steps:int  # of the power iteration
 )->tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # U (..., M, q), S (..., q), V (..., M, q), residuals ||X^T u - sigma v|| (..., q); X^T X Q
     "Approximate leading singular triplets, in float32 or better; signs as they come"
-    check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x); Q = Q.to(x).expand(*x.shape[:-1], Q.shape[-1])
         for _ in range(steps): Q = _orthonormal(x.mT @ (x @ Q), Q)
@@ -143,11 +142,12 @@ def kept_triplets(
     criterion:str='squared'  # what is summed: 'squared' or 'linear' singular values
 )->tuple[Tensor, Tensor, Tensor, Tensor]:  # U (B, C, M, N), S (B, C, N), V (B, C, M, N), N the largest rank; (B,) int64 ranks
     "The triplets that `energy_rank` asks for, in float32 or better; an image of lower rank than N is filled up with zeros"
-    _check(p, criterion); check_finite('x', x); p = float(p)
+    _check(p, criterion); p = float(p)
     with torch.autocast(x.device.type, enabled=False):
         x, todo, parts = _at_least_float32(x), torch.arange(len(x), device=x.device), []
         total = x.square().sum((2, 3)).double().sum(1)
         if not total.isfinite().all():
+            check_finite('x', x)
             raise ValueError(f'x: got values up to {x.abs().max():.3g}; accepted: those whose squares {x.dtype} can add up')
         M = x.shape[-1]
         for part, plan in _rounds[x.device.type == 'cuda'] if criterion == 'squared' and M >= 8 else ():
@@ -212,7 +212,8 @@ class SVDTokenizer(nn.Module):
         pairs = torch.cat([U*root, V*root], -2).flatten(1, 2).mT  # (B, N, 2MC)
         position = torch.arange(S.shape[-1], device=x.device).expand(x.shape[0], -1)
         real = position < k[:, None]
-        if torch.compiler.is_exporting(): return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, position)
+        if torch.compiler.is_exporting() or x.is_cuda:  # a GPU would wait for the number of real tokens
+            return Tokens(self.proj(pairs.to(x.dtype))*real[..., None], real, None, position)
         tokens = x.new_zeros(*real.shape, self.embed_dim)
         tokens[real] = self.proj(pairs[real].to(x.dtype)).to(x.dtype)
         return Tokens(tokens, real, None, position)
