@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['replaced', 'Split', 'ImageData', 'digits_data', 'decode', 'train_side', 'folder_data', 'load_data', 'hold_out',
-           'crop_together', 'random_crop', 'random_resized_crop', 'ImageLoader', 'image_loaders']
+           'crop_together', 'random_crop', 'random_resized_crop', 'Labelled', 'OpenImage', 'ImageLoader',
+           'image_loaders']
 
 # %% ../nbs/10_data.ipynb #a238b0f3
 import hashlib, json, os, secrets, shutil, sys, warnings
@@ -16,15 +17,20 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from PIL import Image, ImageOps
 from fastcore.xdg import xdg_cache_home
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fasttransform import Transform
+from fastai.data.transforms import AttrGetter, Categorize, IntToFloatTensor, Normalize, ToTensor
+from fastai.torch_core import TensorCategory, TensorImage
+from fastai.vision.augment import Resize
+from fastai.vision.core import PILImage, imagenet_stats
+import fastai.vision.data  # how batches and results are shown
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
-from .tokens import check_int, check_number, imagenet_normalize
+from .tokens import check_int, check_number
 
 # %% ../nbs/10_data.ipynb #485d1ed9
 @contextmanager
@@ -273,10 +279,22 @@ def random_resized_crop(
 _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 
 # %% ../nbs/10_data.ipynb #b9e5af1e
-class ImageLoader(DataLoader):
-    "A fastai loader of whole batches: (B, 3, M, M) float32 images and (B,) labels on the device"
+@dataclass
+class Labelled:
+    "An image and the name of its class, for what fastai does image by image"
+    image:np.ndarray  # (S, S, 3) uint8
+    label:str
+
+class OpenImage(Transform):
+    "fastai's image of an array or a file"
+    input_types = Labelled, Path, str, np.ndarray, Tensor, bytes, Image.Image
+    def encodes(self, x): return PILImage.create(getattr(x, 'image', x))
+
+class ImageLoader(TfmdDL):
+    "fastai's loader, but whole batches at once: (B, 3, M, M) float32 images and (B,) labels on the device"
     def __init__(self,
         split:Split,  # images of at least image_size
+        classes:list,  # names, in the order of the labels
         bs:int,  # images in a batch
         image_size:int,  # side M of the images that come out, in pixels
         train:bool=False,  # shuffle, crop at random, and drop the last incomplete batch
@@ -290,22 +308,23 @@ class ImageLoader(DataLoader):
         where = device if torch.device(device).type == 'cuda' else 'cpu'
         self.images, self.labels = (torch.from_numpy(np.asarray(x)).to(where)
                                     for x in (split.images, split.labels))
-        self.image_size, self.normalize = image_size, normalize
-        self.train, self.augment, self.flip = train, _augmentations[augment], flip
-        self.shift = imagenet_normalize(torch.zeros(3, 1, 1, device=device))
-        self.scale = (imagenet_normalize(torch.ones(3, 1, 1, device=device)) - self.shift)/255
-        super().__init__(range(len(split)), bs=bs, shuffle=train, device=torch.device(device),
-                         drop_last=train and len(split) >= bs)
+        self.image_size, self.train, self.augment, self.flip = image_size, train, _augmentations[augment], flip
+        items = [Labelled(x, classes[i]) for x, i in zip(np.asarray(split.images), split.labels)]
+        items = Datasets(items, [[OpenImage()], [AttrGetter('label'), Categorize(classes, sort=False)]])
+        scale = [IntToFloatTensor(), *[Normalize.from_stats(*imagenet_stats, cuda=False)]*normalize]
+        super().__init__(items, bs=bs, shuffle=train, num_workers=0, device=torch.device(device), after_batch=scale,
+                         after_item=[Resize(image_size, 'squish'), ToTensor()], drop_last=train and len(split) >= bs)
+        self.to(torch.device(device))
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
             x = self.images[idx]
-            yield self.augment(x, self.image_size, self.flip) if self.train else x, self.labels[idx]
+            if self.train: x = self.augment(x, self.image_size, self.flip)
+            yield TensorImage(x.permute(0, 3, 1, 2).contiguous()), TensorCategory(self.labels[idx])
 
-    def after_batch(self, b):
-        x, y = b
-        x = x.permute(0, 3, 1, 2).contiguous().float()
-        return x.mul_(self.scale).add_(self.shift) if self.normalize else x.div_(255), y
+    def new(self, dataset=None, cls=None, **kwargs):
+        "For other images, or an order of fastai's own: image by image, without augmentation"
+        return super().new(dataset, cls or TfmdDL, **kwargs)
 
 # %% ../nbs/10_data.ipynb #f5e5dd03
 def image_loaders(
@@ -318,8 +337,8 @@ def image_loaders(
     "fastai loaders of a data set"
     check_int('bs', bs)
     size = data.test.images.shape[1]
-    train = ImageLoader(data.train, bs, size, True, augment, data.flip, normalize, device)
-    valid = ImageLoader(data.test, 4*bs, size, normalize=normalize, device=device)
+    train = ImageLoader(data.train, data.classes, bs, size, True, augment, data.flip, normalize, device)
+    valid = ImageLoader(data.test, data.classes, 4*bs, size, normalize=normalize, device=device)
     dls = DataLoaders(train, valid, device=torch.device(device))
     dls.c, dls.vocab = len(data.classes), data.classes
     return dls

@@ -87,6 +87,7 @@ class BudgetSchedule:
 # %% ../nbs/11_training.ipynb #c1411036
 class RandomBudget(Callback):
     "Train at a budget drawn anew for each batch"
+    order = 90  # after what changes the images, such as fastai's MixUp
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule()
     ): self.schedule = schedule
@@ -96,6 +97,7 @@ class RandomBudget(Callback):
 
 class SelfDistillation(Callback):
     "Train each batch at full length and, from the same tokens, at a budget drawn anew"
+    order = 90  # after what changes the images, such as fastai's MixUp
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule(full=0.),
         weight:float=1.  # w, 0 to 1: the share of the full pass's answer; the rest is the label
@@ -129,12 +131,13 @@ def autocast(
 
 class BFloat16(Callback):
     "Forward pass under bfloat16 autocast; logits and loss are float32"
+    order = 1000  # the last before the forward pass
     def before_batch(self):
-        model = self.model
-        def forward(*args):
-            del model.forward  # at once: an interrupted training leaves nothing behind
-            with autocast(self.dls.device, 'bfloat16'): return model.forward(*args).float()
-        model.forward = forward  # of this batch
+        learn, model = self.learn, self.model
+        def once(*args):
+            learn.model = model  # at once: an interrupted training leaves nothing behind
+            with autocast(self.dls.device, 'bfloat16'): return model(*args).float()
+        learn.model = once
 
 # %% ../nbs/11_training.ipynb #303f8064
 class OnDevice(AvgMetric):
@@ -258,11 +261,15 @@ def train(
     check_int('epochs', epochs); check_number('lr', lr, '0 < lr < infinity', lambda x: 0 < x < math.inf)
     log = Checkpoint(**checkpoint)
     done = log.load(learn, epochs)
-    learn.recorder.train_metrics, learn.recorder.valid_metrics, learn.recorder.smooth_loss = True, False, SmoothLoss()
+    recorder = learn.recorder
+    own, recorder.smooth_loss = (recorder.train_metrics, recorder.valid_metrics), SmoothLoss()
     fit = learn.fit_one_cycle if schedule == 'one_cycle' else learn.fit
     quiet = (nullcontext(),) if sys.stdout.isatty() else (learn.no_bar(), learn.no_logging())  # bars are for terminals
-    with quiet[0], quiet[-1]:
-        if done < epochs: fit(epochs, lr, cbs=[log, NoValidation()], start_epoch=done)
+    try:
+        recorder.train_metrics, recorder.valid_metrics = True, False
+        with quiet[0], quiet[-1]:
+            if done < epochs: fit(epochs, lr, cbs=[log, NoValidation()], start_epoch=done)
+    finally: recorder.train_metrics, recorder.valid_metrics = own
     return log.log
 
 # %% ../nbs/11_training.ipynb #8e8023fc
@@ -277,6 +284,7 @@ def evaluate(
     model.eval()
     said, scores = dict(labels=[], preds=[], confidence=[], lengths=[]), []
     for x, y in loader:
+        x, y = x.as_subclass(Tensor), y.as_subclass(Tensor)
         with autocast(x.device, precision):
             tokens = model.embed(x)
             short = [model.reduce(tokens, keep) for keep in budgets]
@@ -298,12 +306,12 @@ def calibrate(
 )->TopP:
     "The budget with this mean length over the training images"
     model.eval()
-    with autocast(dls.device, precision): seen = [(t.scores, t.mask) for t in (model.tokenizer(x) for x, *_ in dls.train)]
+    with autocast(dls.device, precision): seen = [(t.scores, t.mask) for t in (model.tokenizer(x.as_subclass(Tensor)) for x, *_ in dls.train)]
     if seen[0][0] is None:
         raise ValueError(f'model: got {type(model.tokenizer).__name__}; accepted: a model whose tokenizer has scores')
     width = max(mask.shape[1] for _, mask in seen)
     scores, mask = (torch.cat([F.pad(part.cpu(), (0, width - part.shape[1])) for part in parts]) for parts in zip(*seen))
-    few = model.embed(next(iter(dls.train))[0])
+    few = model.embed(next(iter(dls.train))[0].as_subclass(Tensor))
     added = model.reduce(few, TopK(1)).lengths[0].item()  # beside what is kept: the class token, and a rest token if there is one
     least, most = added + 1, 1 + mask.sum(1).double().mean().item()
     check_number('mean_length', mean_length, f'{least} <= mean_length <= {most:g}', lambda n: least <= n <= most)

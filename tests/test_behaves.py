@@ -1,0 +1,75 @@
+"What people do with any fastai learner works with ours"
+from dataclasses import replace
+import pickle, pytest, torch
+from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau,
+                                 SaveModelCallback)
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import load_learner
+from fastai.vision.core import PILImage
+import fastai.vision.learner  # how top losses are plotted
+from sigma_tokenizer import create_model
+from sigma_tokenizer.data import Split, digits_data, image_loaders
+from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
+
+few = lambda s, n: Split(s.images[:n], s.labels[:n])
+digits = digits_data(16); digits = replace(digits, train=few(digits.train, 96), test=few(digits.test, 40))
+
+@pytest.fixture
+def learner(tmp_path):
+    def make(*cbs, **kw):
+        m = create_model('msvd_gated', image_size=16, patch_size=4, num_classes=10, embed_dim=16, depth=1, num_heads=2)
+        learn = create_learner(m, image_loaders(digits, 32), **{'cbs': cbs} | kw)
+        learn.path = tmp_path; learn.remove_cb(learn.progress) if hasattr(learn, 'progress') else None
+        return learn
+    return make
+
+ours = {'none': [], 'bfloat16': [BFloat16], 'sparsity': [lambda: SparsityLoss(.1)], 'budgets': [RandomBudget],
+        'all': [BFloat16, SelfDistillation, lambda: SparsityLoss(.1)]}
+theirs = dict(mixup=MixUp, cutmix=CutMix, clip=GradientClip, save=SaveModelCallback, stop=EarlyStoppingCallback,
+              plateau=ReduceLROnPlateau, accumulate=lambda: GradientAccumulation(64), none=lambda: None)
+
+@pytest.mark.parametrize('other', theirs)
+@pytest.mark.parametrize('own', ['none', 'budgets', 'all'])
+def test_callbacks_in_any_order(learner, own, other):
+    cbs = [make() for make in ours[own]]
+    for first in (True, False):
+        cb = theirs[other](); learn = learner(*([cb] if first and cb else []), *cbs)
+        learn.fit(1, 1e-3, cbs=None if first else cb)
+        assert len(learn.recorder.values[-1]) == 3 and not torch.is_autocast_enabled('cpu')
+
+def test_one_callback_needs_no_list(learner): assert any(isinstance(c, BFloat16) for c in learner(cbs=BFloat16()).cbs)
+
+@pytest.mark.parametrize('compiled', [lambda m: m.compile(backend='eager'), lambda m: torch.compile(m, backend='eager')])
+@pytest.mark.parametrize('own', ['bfloat16', 'all'])
+def test_compiled(learner, own, compiled):
+    torch._dynamo.reset(); learn = learner(*(make() for make in ours[own]))
+    seen = []; learn.model.head[0].register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    if (other := compiled(learn.model)) is not None: learn.model = other
+    learn.fit(2, 1e-3)
+    assert torch.bfloat16 in seen and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+
+@pytest.mark.parametrize('trained', ['fit', 'train'])
+def test_a_learner_afterwards(learner, trained):
+    learn = learner(*(make() for make in ours['all'])); n = len(digits.test)
+    learn.fit(1, 1e-3) if trained == 'fit' else train(learn, 1, 1e-3, 'constant')
+    loss, accuracy = learn.validate()
+    preds, targets, decoded, losses = learn.get_preds(with_decoded=True, with_loss=True)
+    assert preds.shape == (n, 10) and abs(losses.mean() - loss) < 1e-4 and abs((decoded == targets).float().mean() - accuracy) < 1e-6
+    assert targets.tolist() == digits.test.labels.tolist() and torch.allclose(preds.sum(1), torch.ones(n))
+    assert learn.get_preds(ds_idx=0)[0].shape == (len(digits.train), 10) and learn.tta()[0].shape == (n, 10)
+    image = digits.test.images[0]; PILImage.create(image).save(learn.path/'digit.png')
+    for item in (image, PILImage.create(image), learn.path/'digit.png', str(learn.path/'digit.png')):
+        name, i, p = learn.predict(item)
+        assert torch.allclose(p, preds[0], atol=1e-5) and learn.dls.vocab[int(i)] == name
+    new = learn.get_preds(dl=learn.dls.test_dl([*digits.test.images[:5]]))[0]
+    assert torch.allclose(new, preds[:5], atol=1e-5)
+    learn.show_results(max_n=4); learn.dls.show_batch(max_n=4); learn.summary(); learn.lr_find(num_it=4, show_plot=False)
+    seen = ClassificationInterpretation.from_learner(learn)
+    assert seen.confusion_matrix().sum() == n; seen.plot_top_losses(4)
+    learn.save('it'); learn.load('it'); learn.fine_tune(1); learn.to_bf16().fit(1)
+    assert len(learn.recorder.values[-1]) == 3
+
+def test_export(learner):
+    learn = learner(); before = learn.predict(digits.test.images[0])[2]
+    learn.export('it.pkl', pickle_module=pickle)
+    assert torch.allclose(load_learner(learn.path/'it.pkl', pickle_module=pickle).predict(digits.test.images[0])[2], before)
