@@ -8,9 +8,9 @@ __all__ = ['replaced', 'Split', 'ImageData', 'digits_data', 'decode', 'train_sid
            'image_loaders']
 
 # %% ../nbs/10_data.ipynb #a238b0f3
-import hashlib, json, os, secrets, shutil, sys, warnings
+import hashlib, json, math, os, secrets, shutil, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -108,12 +108,16 @@ def decode(
     try:
         with Image.open(file, formats='BMP GIF JPEG PNG PPM TIFF WEBP'.split()) as im:
             if min(im.size) < 8: return f'{im.width}x{im.height} pixels; accepted: at least 8x8'
-            im = ImageOps.exif_transpose(im)
+            im.load()
+            with suppress(Exception): im = ImageOps.exif_transpose(im)  # where its orientation can be read
             if im.mode[0] in 'IF':  # more than 8 bits a channel
                 x = np.asarray(im)
                 if im.mode == 'F' or x.min() < 0 or x.max() >= 2**16:
-                    return '32-bit pixels; accepted: 8 or 16 bits a channel'
-                im = Image.fromarray((x >> 8).astype(np.uint8))
+                    return '32-bit pixels; accepted: 8, 12 or 16 bits a channel'
+                bits = next(b for b in (8, 12, 16) if x.max() < 2**b)
+                im = Image.fromarray((x >> bits - 8).astype(np.uint8))
+            if im.has_transparency_data:
+                im = im.convert('RGBA'); im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
             im = im.convert('RGB')
     except Exception as e: return f'{type(e).__name__}: {e}'.replace(str(file), Path(file).name)
     digest = hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
@@ -124,7 +128,7 @@ def _cached(root, files, side):
     "(n, S, S, 3) uint8 of the readable files, and a dict: kept, left_out, pixels, digest"
     stat = lambda f: [getattr(f.stat(), s) for s in ('st_size', 'st_mtime_ns', 'st_ctime_ns')]
     stats = [(str(f.relative_to(root)), f.exists() and stat(f)) for f in files]
-    version = 3  # raise it when decode or the cache's files change
+    version = 4  # raise it when decode or the cache's files change
     key = hashlib.sha256(json.dumps([version, str(root.resolve()), side, stats]).encode())
     cache = xdg_cache_home()/'sigma_tokenizer'/key.hexdigest()[:32]
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +234,10 @@ def hold_out(
     "Train on a part of the training split, evaluate on the rest of it, leave the test split alone"
     check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
     y, side = data.train.labels, data.test.images.shape[1]
+    for c, n in zip(data.classes, np.bincount(y, minlength=len(data.classes))):
+        if n < 2: raise ValueError(f'holdout: got {n} training image of {c}; accepted: at least 2 of each class')
+    if not len(data.classes) <= math.ceil(share*len(y)) <= len(y) - len(data.classes):
+        raise ValueError(f'holdout: got {share} of {len(y)} images; accepted: one of each class at least in both parts')
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=0)
     small, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
     if data.bordered: small = small[:, cut:cut+side, cut:cut+side]
