@@ -15,9 +15,10 @@ from .tokens import Tokens, check_finite, check_int, check_number
 
 # %% ../nbs/02_select.ipynb #93e220dc
 def _ranked(scores, mask):
-    "Scores from high to low in steps of 2^-16, at least one step, padding last as 0; and where they come from"
+    "Scores from high to low in whole steps of 2^-16, at least one, padding last as 0; and where they come from"
     check_finite('scores', scores)
-    steps = (scores.double()*2**16).round().clamp(min=1).masked_fill(~mask, 0)
+    exact = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision has not that many steps
+    steps = (exact*2**16).round().long().clamp(min=1).masked_fill(~mask, 0)
     return steps.sort(dim=1, descending=True, stable=True)
 
 def _keep_first(order, n, mask):
@@ -55,7 +56,8 @@ class TopP:
         "The tokens to keep"
         s, order = _ranked(scores, mask)
         held = s.cumsum(1)
-        short = (held < float(self.p)*held[:, -1:]).sum(1, keepdim=True)
+        p = int(float(self.p)*2**30)  # whole numbers: exact, and float64 is not on every device
+        short = (held*2**30 < p*held[:, -1:]).sum(1, keepdim=True)
         return _keep_first(order, short + 1, mask)
 
 # %% ../nbs/02_select.ipynb #83080ef3
@@ -66,9 +68,11 @@ def from_mean(cls:TopP,
     mean_kept:float  # tokens, between 1 and the images' mean number of tokens
 )->TopP:
     "The budget that keeps `mean_kept` tokens on average of these images, to within ties"
+    scores, mask = scores.cpu(), mask.cpu()
     most = mask.sum(1).double().mean().item()
     check_number('mean_kept', mean_kept, f'1 <= mean_kept <= {most:g}', lambda n: 1 <= n <= most)
     s, order = _ranked(scores, mask)
+    s = s.double()
     shares = (s.cumsum(1)/s.sum(1, keepdim=True))[mask.gather(1, order)].sort()[0]
     return cls(math.nextafter(shares[min(round(len(mask)*(mean_kept - 1)), len(shares) - 1)].item(), 0.))
 
