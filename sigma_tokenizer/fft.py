@@ -12,7 +12,7 @@ from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .tokens import (Tokens, check_finite, check_images, check_int, check_number, full_tokens,
-                                    patches_per_side)
+                                    in_float64, patches_per_side)
 from .stem import ConvStem
 
 # %% ../nbs/05_fft.ipynb #816ba8c3
@@ -36,6 +36,7 @@ def crop(
     return f[..., lo:lo+s, lo:lo+s]
 
 # %% ../nbs/05_fft.ipynb #03fe0417
+@in_float64
 def energy_side(
     f:Tensor,  # (B, C, M, M) centred spectra
     p:float,  # share of the energy to hold, 0 < p <= 1

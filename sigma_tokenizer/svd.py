@@ -10,7 +10,7 @@ from functools import lru_cache
 import math
 import torch
 from torch import Tensor, nn
-from .tokens import Tokens, check_finite, check_images, check_int, check_number
+from .tokens import Tokens, check_finite, check_images, check_int, check_number, in_float64
 
 # %% ../nbs/06_svd.ipynb #fe19b8ba
 def _one_sign(
@@ -37,6 +37,7 @@ def _at_least_float32(x):
     # a matrix in one piece: channels_last would copy it at each product
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
+@in_float64
 @torch.no_grad()
 def singular_triplets(
     x:Tensor  # (..., M, M) matrices
@@ -54,6 +55,7 @@ def _check(p, criterion, name='p'):
     check_number(name, p, f'0 < {name} <= 1', lambda p: 0 < p <= 1)
     if criterion not in ('squared', 'linear'): raise ValueError(f"criterion: got {criterion!r}; accepted: 'squared', 'linear'")
 
+@in_float64
 def energy_rank(
     S:Tensor,  # (B, C, M) singular values, largest first
     p:float,  # share of the total to hold, 0 < p <= 1
@@ -135,6 +137,7 @@ def sure_rank(
 # M over the width of the block, and the steps of the power iteration before each check
 _rounds = {False: [(8, (3, 2)), (4, (3, 3))], True: [(4, (5,))]}  # True: a GPU waits for each answer longer than it computes
 
+@in_float64
 @torch.no_grad()
 def kept_triplets(
     x:Tensor,  # (B, C, M, M)

@@ -1,4 +1,4 @@
-"What people do with any fastai learner works with ours"
+"What people do with any PyTorch module and any fastai learner works with ours"
 from dataclasses import replace
 import pickle, pytest, torch
 from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau,
@@ -7,7 +7,10 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from fastai.vision.core import PILImage
 import fastai.vision.learner  # how top losses are plotted
-from sigma_tokenizer import create_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from sigma_tokenizer import TopK, TopP, create_model
 from sigma_tokenizer.data import Split, digits_data, image_loaders
 from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
 
@@ -73,3 +76,22 @@ def test_export(learner):
     learn = learner(); before = learn.predict(digits.test.images[0])[2]
     learn.export('it.pkl', pickle_module=pickle)
     assert torch.allclose(load_learner(learn.path/'it.pkl', pickle_module=pickle).predict(digits.test.images[0])[2], before)
+
+class NoFloat64(TorchDispatchMode):
+    "A device without float64"
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        assert not any(isinstance(o, Tensor) and o.dtype == torch.float64 for o in tree_leaves(out)), f
+        return out
+
+@pytest.mark.parametrize('keep', [TopK(0), TopK(3), TopP(.5)])
+def test_a_budget_needs_no_float64(keep):
+    m = create_model('msvd_gated', image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, reduction='rest').eval()
+    with NoFloat64(): m(torch.rand(2, 3, 16, 16), keep=keep)
+
+@pytest.mark.parametrize('name, kw', [('svd', {}), ('fft', dict(energy=.9))])
+def test_energies_are_found_on_the_cpu(name, kw, monkeypatch):
+    m, x, calls = create_model(name, image_size=32, embed_dim=16, depth=1, num_heads=2, **kw).eval(), torch.rand(2, 3, 32, 32), []
+    want = m(x); monkeypatch.setattr('sigma_tokenizer.tokens.no_float64', {'cpu'})
+    monkeypatch.setattr(Tensor, 'cpu', lambda t: calls.append(t) or t)
+    assert torch.equal(m(x), want) and calls
