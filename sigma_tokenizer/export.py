@@ -34,8 +34,9 @@ def export_onnx(
     if (name := model.config['name']) not in _onnx:
         raise ValueError(f'model: got {name}; accepted: {", ".join(_onnx)}')
     import onnxruntime
-    size = model.config['image_size']
-    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.cls_token)
+    side, chans = model.config['image_size'], model.config['in_chans']
+    shape = side if isinstance(side, list) else (side, side)
+    images = torch.rand(3, chans, *shape, generator=torch.Generator().manual_seed(0)).to(model.cls_token)
     program = torch.onnx.export(
         model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},), verbose=False,
         input_names=['images'], output_names=['logits'],

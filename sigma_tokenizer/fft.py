@@ -7,12 +7,13 @@ __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
 # %% ../nbs/05_fft.ipynb #2a4a8f06
 from dataclasses import replace
+import math
 import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .tokens import (Tokens, check_finite, check_images, check_int, check_number, full_tokens,
-                                    in_float64, patches_per_side)
+                                    in_float64, patch_grid)
 from .stem import ConvStem
 
 # %% ../nbs/05_fft.ipynb #816ba8c3
@@ -71,10 +72,12 @@ class FFTTokenizer(nn.Module):
         filter_size:int=None,  # static: side s of the square, a multiple of patch_size; M if neither is given
         energy:float=None,  # dynamic: share of the spectrum's energy that each image's square holds, 0 < p <= 1
         band:str='low',  # 'low', or 'high': the centre of the unshifted spectrum, its highest frequencies
-        cut:str='stem'  # how the square becomes tokens: 'stem', or without convolutions 'patches', 'radial_bins'
+        cut:str='stem',  # how the square becomes tokens: 'stem', or without convolutions 'patches', 'radial_bins'
+        in_chans:int=3  # channels C of the images
     ):
         super().__init__()
-        self.n_tokens = patches_per_side(image_size, patch_size)**2
+        check_int('image_size', image_size); check_int('in_chans', in_chans)
+        self.n_tokens = math.prod(patch_grid(image_size, patch_size))
         if energy is not None: check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
         if energy is not None and (filter_size is not None or band != 'low'):
             raise ValueError(f'energy: got {energy} with filter_size={filter_size}, band={band!r}; accepted: neither')
@@ -85,10 +88,10 @@ class FFTTokenizer(nn.Module):
         check_int('filter_size', filter_size); check_int('embed_dim', embed_dim)
         if filter_size > image_size or filter_size % patch_size:
             raise ValueError(f'filter_size: got {filter_size}; accepted: a multiple of {patch_size} up to {image_size}')
-        self.embed_dim, self.image_size, self.patch_size = embed_dim, image_size, patch_size
+        self.embed_dim, self.image_size, self.patch_size, self.in_chans = embed_dim, image_size, patch_size, in_chans
         self.filter_size, self.energy, self.band, self.cut = filter_size, energy, band, cut
-        if cut == 'stem': self.stem = ConvStem(6, patch_size)
-        self.proj = nn.Linear(6*patch_size**2, embed_dim)
+        if cut == 'stem': self.stem = ConvStem(2*in_chans, patch_size)
+        self.proj = nn.Linear(2*in_chans*patch_size**2, embed_dim)
 
 # %% ../nbs/05_fft.ipynb #33303a56
 @patch
@@ -115,9 +118,9 @@ def cut_squares(self:FFTTokenizer,
 # %% ../nbs/05_fft.ipynb #64becb37
 @patch
 def forward(self:FFTTokenizer,
-    x:Tensor  # (B, 3, M, M) images in [0, 1], not normalised
+    x:Tensor  # (B, C, M, M) images in [0, 1], not normalised
 )->Tokens:  # N = (s/p)^2, of the largest side in the batch
-    check_images(x, self, size=self.image_size)
+    check_images(x, self, self.in_chans, side=self.image_size)
     f = log_spectrum(x, shift=self.band == 'low')
     if self.energy is None:
         tokens = full_tokens(self.cut_squares([crop(f, self.filter_size).to(x.dtype)])[0])

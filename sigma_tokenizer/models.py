@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from .tokens import patches_per_side
+from .tokens import patch_grid
 from .select import TopK, TopP
 from .stem import CNNTokenizer, ConvTokenizer
 from .vit import PatchTokenizer, VisionTransformer
@@ -56,7 +56,7 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
     "A `VisionTransformer` with the tokenizer of that name; without further arguments the size of ViT-B"
     def __init__(self,
         name:str,  # one of list_models()
-        image_size:int=256,  # side M of the images, in pixels
+        image_size:int|tuple[int, int]=256,  # in pixels, one side or (H, W); fft and svd need squares
         num_classes:int=6,  # classes; 0 for no head: the features come out
         embed_dim:int=768,  # width D of a token
         patch_size:int=16,  # side of the square that becomes one token, in pixels, a divisor of M
@@ -66,8 +66,9 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
         drop_rate:float=.1,  # dropout inside the encoder
         reduction:str|None=None,  # what becomes of dropped tokens: 'rest', 'layer_rest', 'merge', 'pool'; None forgets them
         keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all tokens
+        in_chans:int=3,  # channels C of the images
         classes:list[str]|None=None,  # names, in the order of the logits
-        normalize:bool|None=None,  # does it take images normalised by ImageNet's statistics? None: all but fft do
+        normalize:bool|None=None,  # does it take images normalised by ImageNet's statistics? None: of RGB all but fft do
         **kw  # the tokenizer's own
     ):
         if name not in _tokenizers: raise ValueError(f'name: got {name!r}; accepted: {", ".join(_tokenizers)}')
@@ -76,11 +77,14 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
         if reduction not in _reductions or not (gated or pooled) and (reduction or keep):
             accepted = ', '.join(map(str, _reductions)) if gated else f'None, as the tokens of {name} have no scores'
             raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; accepted: {accepted}')
-        args = dict(image_size=image_size, patch_size=patch_size, embed_dim=embed_dim)
+        if isinstance(image_size, (tuple, list)): image_size = image_size[0] if len({*image_size}) == 1 else list(image_size)
+        if name in ('fft', 'svd') and isinstance(image_size, list):
+            raise ValueError(f'image_size: got {image_size}; accepted: one side, as {name} needs squares')
+        args = dict(image_size=image_size, patch_size=patch_size, embed_dim=embed_dim, in_chans=in_chans)
         own = [k for k in signature(make).parameters if k not in args]
         if unknown := set(kw) - set(own):
             raise ValueError(f'{", ".join(sorted(unknown))}: not an argument of {name}; its own are {own}')
-        patches_per_side(image_size, patch_size)
+        patch_grid(image_size, patch_size)
         if name == 'svd': args.pop('patch_size')
         tokenizer = make(**args, **kw)
         if isinstance(keep, dict): keep = (TopK if 'k' in keep else TopP)(**keep)  # of config.json
@@ -89,9 +93,10 @@ class SigmaModel(VisionTransformer, PyTorchModelHubMixin, library_name='sigma_to
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; accepted: {num_classes}, as num_classes says')
         self.classes = None if classes is None else [str(c) for c in classes]
-        self.normalize = name != 'fft' if normalize is None else normalize
+        self.normalize = name != 'fft' and in_chans == 3 if normalize is None else normalize
         self._made_of = dict(name=name, image_size=image_size, embed_dim=embed_dim, patch_size=patch_size, depth=depth,
-                             num_heads=num_heads, mlp_ratio=mlp_ratio, drop_rate=drop_rate, reduction=reduction, **kw)
+                             num_heads=num_heads, mlp_ratio=mlp_ratio, drop_rate=drop_rate, reduction=reduction,
+                             in_chans=in_chans, **kw)
 
 # %% ../nbs/09_models.ipynb #955a58cd
 def _plain(v):

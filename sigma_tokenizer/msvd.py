@@ -7,30 +7,32 @@ __all__ = ['MSVDTokenizer', 'Gated']
 
 # %% ../nbs/07_msvd.ipynb #9bfee3fc
 from dataclasses import replace
+import math
 import torch
 from torch import Tensor, nn
-from .tokens import Tokens, check_images, check_int, full_tokens, patches_per_side
+from .tokens import Tokens, check_images, check_int, full_tokens, patch_grid
 from .stem import ConvStem
 
 # %% ../nbs/07_msvd.ipynb #ed734147
 class MSVDTokenizer(nn.Module):
     "Tokens of two convolutional branches, U and V, joined by a linear layer"
     def __init__(self,
-        image_size:int=256,  # side M of the images that n_tokens is for, in pixels; others are accepted
+        image_size:int|tuple[int, int]=256,  # that n_tokens is for, in pixels, one side or (H, W); others are accepted
         patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
-        embed_dim:int=768  # width D of a token
+        embed_dim:int=768,  # width D of a token
+        in_chans:int=3  # channels C of the images
     ):
         super().__init__()
-        check_int('embed_dim', embed_dim)
-        self.n_tokens = patches_per_side(image_size, patch_size)**2
-        self.embed_dim, self.patch_size = embed_dim, patch_size
-        self.u, self.v = ConvStem(3, patch_size), ConvStem(3, patch_size)
+        check_int('embed_dim', embed_dim); check_int('in_chans', in_chans)
+        self.grid = patch_grid(image_size, patch_size); self.n_tokens = math.prod(self.grid)
+        self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
+        self.u, self.v = ConvStem(in_chans, patch_size), ConvStem(in_chans, patch_size)
         self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, embed_dim)
 
     def forward(self,
-        x:Tensor  # (B, 3, M, M) normalised images, M any multiple of the patch size
-    )->Tokens:  # N = (M/p)^2, row by row
-        check_images(x, self, multiple=self.patch_size)
+        x:Tensor  # (B, C, H, W) normalised images, H and W any multiples of the patch size
+    )->Tokens:  # N = H/p W/p, row by row
+        check_images(x, self, self.in_chans, multiple=self.patch_size)
         return full_tokens(self.proj(torch.cat([self.u(x), self.v(x)], 1).flatten(2).mT))
 
 # %% ../nbs/07_msvd.ipynb #783a37df
@@ -43,6 +45,7 @@ class Gated(nn.Module):
         super().__init__()
         check_int('hidden', hidden)
         self.tokenizer, self.embed_dim, self.n_tokens = tokenizer, tokenizer.embed_dim, tokenizer.n_tokens
+        if hasattr(tokenizer, 'grid'): self.grid, self.patch_size = tokenizer.grid, tokenizer.patch_size
         self.scorer = nn.Sequential(nn.Linear(self.embed_dim, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(),
                                     nn.Linear(hidden, 1))
 

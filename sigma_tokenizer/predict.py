@@ -82,6 +82,8 @@ def predict_files(
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
     if (name := model.config['name']) in ('fft', 'svd'):
         raise ValueError(f'model: got {name}; accepted: one whose tokens are patches, to be drawn')
+    if model.config['in_chans'] != 3 or not isinstance(model.config['image_size'], int):
+        raise ValueError(f'model: got {model.config["in_chans"]} channels, {model.config["image_size"]} pixels; accepted: square RGB images')
     files, bad = [Path(f) for f in files], 0
     pictures = [Path(out).resolve()/f'{f.stem}.kept.png' for f in files]
     if len({*pictures}) < len(files) or {*pictures} & {f.resolve() for f in files}:

@@ -6,10 +6,11 @@
 __all__ = ['halvings', 'conv_block', 'ConvStem', 'norm_together', 'ConvTokenizer', 'cnn_stage', 'CNNTokenizer']
 
 # %% ../nbs/03_stem.ipynb #7112d89d
+import math
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .tokens import Tokens, check_images, check_int, full_tokens, patches_per_side
+from .tokens import Tokens, check_images, check_int, full_tokens, patch_grid
 
 # %% ../nbs/03_stem.ipynb #7502ba74
 def halvings(
@@ -75,21 +76,22 @@ def forward_groups(self:ConvStem,
 class ConvTokenizer(nn.Module):
     "Tokens of one convolutional stem and a linear layer: the control for `MSVDTokenizer`"
     def __init__(self,
-        image_size:int=256,  # side M of the images that n_tokens is for, in pixels; others are accepted
+        image_size:int|tuple[int, int]=256,  # that n_tokens is for, in pixels, one side or (H, W); others are accepted
         patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
-        embed_dim:int=768  # width D of a token
+        embed_dim:int=768,  # width D of a token
+        in_chans:int=3  # channels C of the images
     ):
         super().__init__()
-        check_int('embed_dim', embed_dim)
-        self.n_tokens = patches_per_side(image_size, patch_size)**2
-        self.embed_dim, self.patch_size = embed_dim, patch_size
-        self.stem = ConvStem(3, patch_size)
+        check_int('embed_dim', embed_dim); check_int('in_chans', in_chans)
+        self.grid = patch_grid(image_size, patch_size); self.n_tokens = math.prod(self.grid)
+        self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
+        self.stem = ConvStem(in_chans, patch_size)
         self.proj = nn.Linear(self.stem.out_chans, embed_dim)
 
     def forward(self,
-        x:Tensor  # (B, 3, M, M) normalised images, M any multiple of the patch size
-    )->Tokens:  # N = (M/p)^2, row by row
-        check_images(x, self, multiple=self.patch_size)
+        x:Tensor  # (B, C, H, W) normalised images, H and W any multiples of the patch size
+    )->Tokens:  # N = H/p W/p, row by row
+        check_images(x, self, self.in_chans, multiple=self.patch_size)
         return full_tokens(self.proj(self.stem(x).flatten(2).mT))
 
 # %% ../nbs/03_stem.ipynb #bb5b6ad0
@@ -104,22 +106,23 @@ def cnn_stage(
 class CNNTokenizer(nn.Module):
     "Tokens of a plain CNN, one stage for each halving of the side, and a linear layer"
     def __init__(self,
-        image_size:int=256,  # side M of the images that n_tokens is for, in pixels; others are accepted
+        image_size:int|tuple[int, int]=256,  # that n_tokens is for, in pixels, one side or (H, W); others are accepted
         patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
         embed_dim:int=768,  # width D of a token
-        width:int=64  # channels of the first stage
+        width:int=64,  # channels of the first stage
+        in_chans:int=3  # channels C of the images
     ):
         super().__init__()
-        check_int('embed_dim', embed_dim); check_int('width', width)
-        self.n_tokens = patches_per_side(image_size, patch_size)**2
-        self.embed_dim, self.patch_size = embed_dim, patch_size
-        channels = [3, *(width*2**i for i in range(halvings(patch_size)))]
+        for name, value in dict(embed_dim=embed_dim, width=width, in_chans=in_chans).items(): check_int(name, value)
+        self.grid = patch_grid(image_size, patch_size); self.n_tokens = math.prod(self.grid)
+        self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
+        channels = [in_chans, *(width*2**i for i in range(halvings(patch_size)))]
         self.stages = nn.Sequential(*map(cnn_stage, channels, channels[1:]))
         self.proj = nn.Linear(channels[-1], embed_dim)
 
     def forward(self,
-        x:Tensor  # (B, 3, M, M) normalised images, M any multiple of the patch size
-    )->Tokens:  # N = (M/p)^2, row by row
-        check_images(x, self, multiple=self.patch_size)
+        x:Tensor  # (B, C, H, W) normalised images, H and W any multiples of the patch size
+    )->Tokens:  # N = H/p W/p, row by row
+        check_images(x, self, self.in_chans, multiple=self.patch_size)
         x = self.stages(x.contiguous(memory_format=torch.channels_last))  # 1.5 times as fast on a CPU
         return full_tokens(self.proj(x.flatten(2).mT))

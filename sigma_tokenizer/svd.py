@@ -194,19 +194,20 @@ class SVDTokenizer(nn.Module):
         image_size:int=256,  # side M of the images, in pixels
         embed_dim:int=768,  # width D of a token
         energy:float=.9,  # share p of the total that the kept triplets hold, 0 < p <= 1
-        criterion:str='squared'  # what the total sums: 'squared' or 'linear' singular values
+        criterion:str='squared',  # what the total sums: 'squared' or 'linear' singular values
+        in_chans:int=3  # channels C of the images
     ):
         super().__init__()
-        check_int('image_size', image_size); check_int('embed_dim', embed_dim)
+        check_int('image_size', image_size); check_int('embed_dim', embed_dim); check_int('in_chans', in_chans)
         _check(energy, criterion, 'energy')
         self.embed_dim, self.image_size, self.n_tokens = embed_dim, image_size, image_size
-        self.energy, self.criterion = energy, criterion
-        self.proj = nn.Linear(2*3*image_size, embed_dim)
+        self.energy, self.criterion, self.in_chans = energy, criterion, in_chans
+        self.proj = nn.Linear(2*in_chans*image_size, embed_dim)
 
     def forward(self,
-        x:Tensor  # (B, 3, M, M) normalised images
+        x:Tensor  # (B, C, M, M) normalised images
     )->Tokens:  # N = the largest rank in the batch, strongest triplet first
-        check_images(x, self, size=self.image_size)
+        check_images(x, self, self.in_chans, side=self.image_size)
         if torch.compiler.is_exporting():
             U, S, V = singular_triplets(x)  # all M triplets: a graph's shapes depend on no image
             k = energy_rank(S, self.energy, self.criterion)

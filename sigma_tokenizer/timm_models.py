@@ -40,16 +40,14 @@ default_cfgs = generate_default_cfgs(_cfgs)
 def _build(name, size, num_classes=1000, img_size=None, in_chans=3, **kw):
     "`create_model`, by timm's names"
     side = img_size or size['image_size']
-    if isinstance(side, (tuple, list)) and len({*side}) == 1: side = side[0]
-    if in_chans != 3 or not isinstance(side, int):
-        raise ValueError(f'in_chans, img_size: got {in_chans}, {img_size}; accepted: square RGB images')
     if name.endswith('_gated'): kw = dict(reduction='rest') | kw
-    return create_model(name, **size | dict(image_size=side, num_classes=num_classes, drop_rate=0.) | kw)
+    return create_model(name, **size | dict(image_size=side, in_chans=in_chans, num_classes=num_classes, drop_rate=0.) | kw)
 
 def _entry(entry, name, size):
     def make(pretrained:bool=False, **kw)->SigmaModel:
         model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry, pretrained, **kw)
-        model.pretrained_cfg['input_size'] = (3, model.config['image_size'], model.config['image_size'])
+        side = model.config['image_size']
+        model.pretrained_cfg['input_size'] = (model.config['in_chans'], *(side if isinstance(side, list) else (side, side)))
         labels = model.pretrained_cfg.get('label_names')
         if pretrained and labels and len(labels) == model.num_classes: model.classes = list(labels)
         return model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['no_float64', 'Tokens', 'full_tokens', 'scatter_tokens', 'sinusoidal', 'check_finite', 'check_images', 'in_float64',
-           'check_int', 'check_number', 'patches_per_side', 'imagenet_normalize', 'sample_photos', 'show_images']
+           'check_int', 'check_number', 'patch_grid', 'imagenet_normalize', 'sample_photos', 'show_images']
 
 # %% ../nbs/01_tokens.ipynb #bc26d8fe
 from dataclasses import dataclass
@@ -79,18 +79,19 @@ def check_finite(
         raise ValueError(f'{name}: got NaN or infinite values; accepted: finite ones')
 
 def check_images(
-    x:Tensor,  # (B, 3, M, M)
+    x:Tensor,  # (B, C, H, W)
     module:nn.Module,  # takes the images; its first parameter has the dtype that is accepted
-    size:int=None,  # the only accepted side M, in pixels; None for any
-    multiple:int=1  # the side is a multiple of this, in pixels
+    in_chans:int=3,  # channels C
+    side:int=None,  # of the only accepted images, square ones, in pixels; None for any
+    multiple:int=1  # sides are multiples of this, in pixels
 ):
     "Raise a `ValueError` unless `x` is a batch of images that the module can take"
     def refuse(got, accepted): raise ValueError(f'images: got {got}; accepted: {accepted}')
-    if not isinstance(x, Tensor): refuse(f'a {type(x).__name__}', 'a torch.Tensor of shape (B, 3, M, M)')
+    if not isinstance(x, Tensor): refuse(f'a {type(x).__name__}', f'a torch.Tensor of shape (B, {in_chans}, H, W)')
     B, C, H, W = x.shape if x.ndim == 4 else (0, 0, 0, 0)
-    if not B or C != 3 or not H or H != W: refuse(f'shape {tuple(x.shape)}', '(B, 3, M, M), square RGB images')
-    if size is not None and W != size: refuse(f'side {W}', f'side {size}')
-    if W % multiple: refuse(f'side {W}', f'a side that is a multiple of {multiple}')
+    if not B*H*W or C != in_chans: refuse(f'shape {tuple(x.shape)}', f'(B, {in_chans}, H, W)')
+    if side is not None and (H, W) != (side, side): refuse(f'{H}x{W} pixels', f'{side}x{side}')
+    if H % multiple or W % multiple: refuse(f'{H}x{W} pixels', f'sides that are multiples of {multiple}')
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if x.dtype != dtype: refuse(f'dtype {x.dtype}', f'{dtype}, as the weights')
     check_finite('images', x)
@@ -127,15 +128,17 @@ def check_number(
     if not isinstance(value, Real) or isinstance(value, bool) or not ok(value):
         raise ValueError(f'{name}: got {value!r}; accepted: a number, {accepted}')
 
-def patches_per_side(
-    image_size:int,  # side M of the images, in pixels
-    patch_size:int  # side of a token's patch, in pixels, a divisor of M
-)->int:
-    "Patches along one side of an image"
-    check_int('patch_size', patch_size); check_int('image_size', image_size)
-    if image_size % patch_size:
-        raise ValueError(f'image_size: got {image_size}; accepted: a multiple of patch_size, {patch_size}')
-    return image_size//patch_size
+def patch_grid(
+    image_size:int|tuple[int, int],  # side of square images, or (H, W), in pixels
+    patch_size:int  # side of a token's patch, in pixels, a divisor of both
+)->tuple[int, int]:
+    "Rows and columns of patches in an image"
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    check_int('patch_size', patch_size)
+    for side in sides: check_int('image_size', side)
+    if len(sides) != 2 or any(side % patch_size for side in sides):
+        raise ValueError(f'image_size: got {image_size}; accepted: one side or (H, W), multiples of patch_size, {patch_size}')
+    return sides[0]//patch_size, sides[1]//patch_size
 
 # %% ../nbs/01_tokens.ipynb #c1615e2e
 def imagenet_normalize(

@@ -10,7 +10,8 @@ import fastai.vision.learner  # how top losses are plotted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from sigma_tokenizer import TopK, TopP, create_model
+from timm.models import VisionTransformer as ViT
+from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
 from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
 
@@ -95,3 +96,35 @@ def test_energies_are_found_on_the_cpu(name, kw, monkeypatch):
     want = m(x); monkeypatch.setattr('sigma_tokenizer.tokens.no_float64', {'cpu'})
     monkeypatch.setattr(Tensor, 'cpu', lambda t: calls.append(t) or t)
     assert torch.equal(m(x), want) and calls
+
+small = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+def make(name, **kw):
+    torch.manual_seed(0); own = dict(width=8) if 'cnn' in name else {}
+    if name != 'timm': return create_model(name, **small | own | kw)
+    size = dict(img_size=kw.get('image_size', 32), patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    return ViT(**size, in_chans=kw.get('in_chans', 3), dynamic_img_size=True)
+
+everything = ['timm', *list_models()]
+every_model = pytest.mark.parametrize('name', everything)
+on_a_grid = pytest.mark.parametrize('name', [n for n in everything if n not in ('fft', 'svd')])
+
+@every_model
+@pytest.mark.parametrize('chans', [1, 4])
+def test_channels(name, chans):
+    m, x = make(name, in_chans=chans), torch.rand(2, chans, 32, 32)
+    m(x).sum().backward(); assert all(p.grad is not None for p in m.parameters())
+    with pytest.raises((ValueError, RuntimeError), match='channels|accepted: .B, '): m(torch.rand(2, 3, 32, 32))
+
+@on_a_grid
+def test_image_sizes(name):
+    wide = make(name, image_size=(32, 64)).eval()
+    assert wide(torch.rand(2, 3, 32, 64)).shape == (2, 5)
+    square = make(name).eval()
+    for size in ((24, 24), (48, 48), (32, 64)): assert square(torch.rand(2, 3, *size)).shape == (2, 5)
+    if name == 'timm': return
+    with pytest.raises(ValueError, match='image_size: got'): make(name, image_size=(32, 36))
+
+@pytest.mark.parametrize('name', ['fft', 'svd'])
+def test_squares_only(name):
+    with pytest.raises(ValueError, match=f'as {name} needs squares'): make(name, image_size=(32, 64))
+    with pytest.raises(ValueError, match='got 32x64 pixels; accepted: 32x32'): make(name)(torch.rand(2, 3, 32, 64))
