@@ -51,7 +51,7 @@ def predict(
 
 # %% ../nbs/14_predict.ipynb #969ffbb1
 def show_kept(
-    image:Tensor,  # (3, S, S) in [0, 1], at any size
+    image:Tensor,  # (3, H, W) in [0, 1], at any size
     kept:Tensor,  # (N,) bool, patches row by row; or (n, N) for n budgets side by side
     scores:Tensor|None=None,  # (N,) in [0, 1]
     title:str='',
@@ -59,11 +59,11 @@ def show_kept(
 ):  # the figure
     "The image, its scores if there are any, and the patches that were kept"
     import matplotlib.pyplot as plt
-    g = math.isqrt(kept.shape[-1])
-    def grid(v): return F.interpolate(v.float().view(1, 1, g, g), image.shape[1:])[0]
-    panels = [('image', image)] + ([] if scores is None else [('scores', scores.view(1, g, g))])
+    rows = round(math.sqrt(kept.shape[-1]*image.shape[1]/image.shape[2])); cells = rows, kept.shape[-1]//rows
+    def grid(v): return F.interpolate(v.float().view(1, 1, *cells), image.shape[1:])[0]
+    panels = [('image', image)] + ([] if scores is None else [('scores', scores.view(1, *cells))])
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
-               for k in kept.view(-1, g*g)]
+               for k in kept.view(-1, kept.shape[-1])]
     if fig is None: fig = plt.figure(dpi=100)
     fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):

@@ -45,7 +45,9 @@ def _build(name, size, num_classes=1000, img_size=None, in_chans=3, **kw):
 
 def _entry(entry, name, size):
     def make(pretrained:bool=False, **kw)->SigmaModel:
-        model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry, pretrained, **kw)
+        features = dict(out_indices=kw.pop('out_indices', 3), feature_cls='getter')  # for features_only=True
+        model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry, pretrained, feature_cfg=features, **kw)
+        if kw.get('features_only'): return model
         side = model.config['image_size']
         model.pretrained_cfg['input_size'] = (model.config['in_chans'], *(side if isinstance(side, list) else (side, side)))
         labels = model.pretrained_cfg.get('label_names')

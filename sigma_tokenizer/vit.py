@@ -12,8 +12,9 @@ from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from .tokens import (Tokens, check_images, check_int, check_number, full_tokens,
-                                    patch_grid, sinusoidal)
+                                    patch_grid, scatter_tokens, sinusoidal)
 from .select import TopK, TopP, check_keep, select
 
 # %% ../nbs/04_vit.ipynb #1e77dc9b
@@ -134,7 +135,7 @@ class VisionTransformer(nn.Module):
         else: self.register_buffer('pos_embed', sinusoidal(1 + tokenizer.n_tokens, dim), persistent=False)
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, drop_rate) for _ in range(depth)])
         self.drop = nn.Dropout(drop_rate)
-        self.norm = nn.LayerNorm(dim)
+        self.norm, self.grad_checkpointing = nn.LayerNorm(dim), False
         self.reset_classifier(num_classes)
 
     def reset_classifier(self,
@@ -182,9 +183,15 @@ def encode(self:VisionTransformer,
     if not self.blocks: return self.norm(x.mean(1) if mask is None else (x*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
     packed = mask is not None and x.device.type == 'cpu' and not torch.compiler.is_compiling()
     if packed: x = x[mask]  # saves 16 to 31% at ViT-B in batches of 8; a GPU would wait for the count
-    for block in self.blocks[:-1]: x = block(x, mask)
+    for block in self.blocks[:-1]: x = self.run_block(block, x, mask)
     if packed: x = pad_tokens(x, mask)
-    return self.norm(self.blocks[-1](x, mask, cls_only=True))[:, 0]
+    return self.norm(self.run_block(self.blocks[-1], x, mask, True))[:, 0]
+
+@patch
+def run_block(self:VisionTransformer, block, x, mask, cls_only=False):
+    "One block, under gradient checkpointing if that is on"
+    if not (self.grad_checkpointing and self.training): return block(x, mask, cls_only)
+    return checkpoint(block, x, mask, cls_only, use_reentrant=False)
 
 # %% ../nbs/04_vit.ipynb #5cc8ba93
 @patch
@@ -224,6 +231,71 @@ def forward(self:VisionTransformer,
 )->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
     "Logits, or the features if there is no head"
     return self.forward_head(self.forward_features(x, keep))
+
+# %% ../nbs/04_vit.ipynb #0c608f80
+def _taken(indices, depth):
+    "Numbers of the blocks that `indices` means: the last n, these, or all"
+    if indices is None: indices = depth
+    try: return [*range(depth)[depth - indices:]] if isinstance(indices, int) else [range(depth)[i] for i in indices]
+    except IndexError: raise ValueError(f'indices: got {indices}; accepted: blocks {-depth} to {depth - 1}') from None
+
+@patch
+def forward_intermediates(self:VisionTransformer,
+    x:Tensor,  # (B, C, H, W) images
+    indices:int|list[int]|None=None,  # blocks: the last n, these, or all
+    return_prefix_tokens:bool=False,  # the class token's outputs too, (B, 1, D)
+    norm:bool=False,  # with the last norm
+    stop_early:bool=False,  # not through blocks that are not asked for
+    output_fmt:str='NCHW',  # 'NCHW' for maps (B, D, h, w), 'NLC' for sequences (B, h w, D)
+    intermediates_only:bool=False,  # without the encoder's output
+    keep:TopK|TopP|None|str='default'  # the budget; None for all tokens, 'default' for `model.keep`
+)->list[Tensor]|tuple[Tensor, list[Tensor]]:  # the encoder's output (B, 1 + tokens, D), then the features
+    "Features after blocks; zeros where a token was dropped"
+    grid, square = getattr(self.tokenizer, 'grid', None), math.isqrt(self.tokenizer.n_tokens)
+    if grid: grid = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
+    elif hasattr(self.tokenizer, 'patch_size'): grid = square, square  # of frequencies
+    if output_fmt not in ('NCHW', 'NLC') or output_fmt == 'NCHW' and not grid:
+        raise ValueError(f"output_fmt: got {output_fmt!r}; accepted: {'NCHW, '*bool(grid)}NLC")
+    take, n = _taken(indices, len(self.blocks)), math.prod(grid) if grid else self.tokenizer.n_tokens
+    t = self.reduce(self.embed(x), self.keep if isinstance(keep, str) else keep)
+    cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
+    y, mask, found = self.drop(torch.cat([cls, t.x], 1)), F.pad(t.mask, (1, 0), value=True) if t.padded else None, {}
+    at_place = replace(t, mask=t.mask & (t.position >= 0))
+    for i, block in enumerate(self.blocks[:max(take) + 1] if stop_early else self.blocks):
+        y = self.run_block(block, y, mask)
+        if i in take:
+            z = self.norm(y) if norm else y
+            m = scatter_tokens(replace(at_place, x=z[:, 1:]), n).x
+            found[i] = m.mT.unflatten(2, grid).contiguous() if output_fmt == 'NCHW' else m, z[:, :1]
+    maps = [found[i] if return_prefix_tokens else found[i][0] for i in take]
+    return maps if intermediates_only else (self.norm(y), maps)
+
+@patch
+def prune_intermediate_layers(self:VisionTransformer,
+    indices:int|list[int]=1,  # as above
+    prune_norm:bool=False,  # drop the last norm
+    prune_head:bool=True  # drop the head
+)->list[int]:  # the blocks that indices means
+    "Drop what those blocks do not need"
+    take = _taken(indices, len(self.blocks))
+    self.blocks = self.blocks[:max(take) + 1]
+    if prune_norm: self.norm = nn.Identity()
+    if prune_head: self.reset_classifier(0)
+    return take
+
+@patch(as_prop=True)
+def feature_info(self:VisionTransformer
+)->list[dict]:  # module, num_chs (channels), reduction (pixels to one cell)
+    "What timm asks of each block's features"
+    return [dict(module=f'blocks.{i}', num_chs=self.tokenizer.embed_dim, reduction=getattr(self.tokenizer, 'patch_size', 1))
+            for i in range(len(self.blocks))]
+
+@patch
+def set_grad_checkpointing(self:VisionTransformer,
+    enable:bool=True
+):
+    "Compute blocks again in the backward pass instead of keeping what they held: less memory, more time"
+    self.grad_checkpointing = enable
 
 # %% ../nbs/04_vit.ipynb #8ea0e371
 @patch

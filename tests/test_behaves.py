@@ -128,3 +128,33 @@ def test_image_sizes(name):
 def test_squares_only(name):
     with pytest.raises(ValueError, match=f'as {name} needs squares'): make(name, image_size=(32, 64))
     with pytest.raises(ValueError, match='got 32x64 pixels; accepted: 32x32'): make(name)(torch.rand(2, 3, 32, 64))
+
+@every_model
+def test_gradient_checkpointing(name):
+    grads = []
+    for on in (False, True):
+        m = make(name).train(); m.set_grad_checkpointing(on); torch.manual_seed(1)
+        m(torch.rand(2, 3, 32, 32)).square().sum().backward(); grads.append([p.grad for p in m.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads))
+
+@every_model
+def test_feature_maps(name):
+    m, x, flat = make(name).eval(), torch.rand(2, 3, 32, 32), name == 'svd'
+    kw = dict(output_fmt='NLC') if flat else {}
+    last, maps = m.forward_intermediates(x, **kw)
+    shape = (2, 32, 32) if flat else (2, 32, 4, 4)
+    assert [tuple(f.shape) for f in maps] == [shape]*2
+    [(one, cls)] = m.forward_intermediates(x, [-1], return_prefix_tokens=True, norm=True, intermediates_only=True, **kw)
+    assert torch.allclose(cls[:, 0], last[:, 0], atol=1e-5) and tuple(one.shape) == shape
+    assert torch.allclose(m.forward_head(last[:, 0]) if name != 'timm' else m.head(last[:, 0]), m(x), atol=1e-4)
+    if name.endswith('_gated'):
+        short = m.forward_intermediates(x, 1, keep=TopK(3), intermediates_only=True)[0]
+        assert (short.abs().sum(1) > 0).sum((1, 2)).tolist() == [3, 3]
+    if flat:
+        with pytest.raises(ValueError, match="output_fmt: got 'NCHW'; accepted: NLC"): m.forward_intermediates(x)
+
+def test_features_only():
+    import sigma_tokenizer.timm_models, timm
+    m = timm.create_model('sigma_msvd_mini_patch8_64', features_only=True, out_indices=(1, 3)).eval()
+    maps = m(torch.rand(2, 3, 64, 64))
+    assert [tuple(f.shape) for f in maps] == [(2, 128, 8, 8)]*2 and m.feature_info.channels() == [128, 128] and m.feature_info.reduction() == [8, 8]
