@@ -13,6 +13,7 @@ from numbers import Integral, Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 # %% ../nbs/01_tokens.ipynb #1094f216
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def check_finite(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f'{name}: got {getattr(x, "dtype", type(x).__name__)}; accepted: a floating point torch.Tensor')
     if x.is_cuda and torch.is_grad_enabled(): return  # training would wait for the GPU at every step
+    if torch.compiler.is_compiling() or is_batchedtensor(x): return  # compile, export and vmap cannot branch on values
     # a finite sum has only finite terms, and is far cheaper than a look at each
-    if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
+    if not x.sum().isfinite() and not x.isfinite().all():
         raise ValueError(f'{name}: got NaN or infinite values; accepted: finite ones')
 
 def check_images(

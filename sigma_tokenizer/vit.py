@@ -112,6 +112,10 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 # %% ../nbs/04_vit.ipynb #3d0dd908
+def _fill_positions(model, incompatible_keys):
+    "Positions that no state dict holds, for a model that was made on the meta device"
+    model.pos_embed = sinusoidal(*model.pos_embed.shape).to(model.cls_token)
+
 class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer, with the class token's output classified"
     def __init__(self,
@@ -132,7 +136,9 @@ class VisionTransformer(nn.Module):
         self.tokenizer, self.keep, self.reduction, dim = tokenizer, keep, reduction, tokenizer.embed_dim
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)*.02)
         if pos_embed == 'learned': self.pos_embed = nn.Parameter(torch.randn(1 + tokenizer.n_tokens, dim)*.02)
-        else: self.register_buffer('pos_embed', sinusoidal(1 + tokenizer.n_tokens, dim), persistent=False)
+        else:
+            self.register_buffer('pos_embed', sinusoidal(1 + tokenizer.n_tokens, dim), persistent=False)
+            self.register_load_state_dict_post_hook(_fill_positions)
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, drop_rate) for _ in range(depth)])
         self.drop = nn.Dropout(drop_rate)
         self.norm, self.grad_checkpointing = nn.LayerNorm(dim), False
@@ -303,6 +309,13 @@ def no_weight_decay(self:VisionTransformer
 )->set[str]:  # names of parameters
     "The class token and learned positions"
     return {n for n, _ in self.named_parameters() if n in ('cls_token', 'pos_embed')}
+
+@patch
+def group_matcher(self:VisionTransformer,
+    coarse:bool=False  # timm's; there is one way
+)->dict:  # patterns of parameters' names
+    "What belongs to which layer, for timm's layer-wise learning rates"
+    return dict(stem=r'^cls_token|^pos_embed|^tokenizer|^reduction', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
 @patch
 def get_classifier(self:VisionTransformer

@@ -1,16 +1,20 @@
 "What people do with any PyTorch module and any fastai learner works with ours"
 from dataclasses import replace
-import pickle, pytest, torch
+import copy, pickle
+import pytest, torch, torch.nn.functional as F
+from accelerate import cpu_offload
 from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau,
                                  SaveModelCallback)
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from fastai.vision.core import PILImage
 import fastai.vision.learner  # how top losses are plotted
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from timm.models import VisionTransformer as ViT
+from timm.optim import create_optimizer_v2
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
 from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
@@ -158,3 +162,126 @@ def test_features_only():
     m = timm.create_model('sigma_msvd_mini_patch8_64', features_only=True, out_indices=(1, 3)).eval()
     maps = m(torch.rand(2, 3, 64, 64))
     assert [tuple(f.shape) for f in maps] == [(2, 128, 8, 8)]*2 and m.feature_info.channels() == [128, 128] and m.feature_info.reduction() == [8, 8]
+
+# What people do with timm's ViT. SVD ranks depend on the image: they have no gradient, and no program without a break
+cannot = {('compile_fullgraph', 'svd'), ('vmap_over_models', 'svd'), ('vmap_over_images', 'svd'), ('input_gradient', 'svd')}
+x, y = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+def close(a, b): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+def loss(m, x=x, y=y): return F.cross_entropy(m(x).float(), y)
+def has_gradient(p): return p.grad is not None
+cases = {}
+def case(f): cases[f.__name__] = f; return f
+
+@case
+def half(m): assert m.eval().half()(x.half()).isfinite().all()
+@case
+def bfloat16(m): assert m.eval().bfloat16()(x.bfloat16()).isfinite().all()
+@case
+def double(m): assert m.eval().double()(x.double()).dtype == torch.float64
+@case
+def deepcopy(m): m.eval(); close(copy.deepcopy(m)(x), m(x))
+@case
+def pickled(m): m.eval(); close(pickle.loads(pickle.dumps(m))(x), m(x))
+@case
+def channels_last(m):
+    want = m.eval()(x); close(m.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), want)
+@case
+def strided_images(m): big = torch.rand(4, 3, 64, 64)[..., ::2, ::2]; m.eval(); close(m(big), m(big.contiguous()))
+@case
+def one_image_in_training(m): m.train()(x[:1]).sum().backward()
+@case
+def data_parallel(m): m.eval(); close(nn.DataParallel(m)(x), m(x))
+@case
+def forward_in_parts(m): m.eval(); close(m.forward_head(m.forward_features(x)), m(x))
+
+@case
+def inference_mode(m):
+    with torch.inference_mode(): m.eval()(x)
+    loss(m.train()).backward()
+
+@case
+def another_head(m):
+    m.reset_classifier(7, global_pool='token'); assert m(x).shape == (4, 7)
+    m.reset_classifier(0); assert m(x).shape == (4, m.num_features)
+
+@case
+def ema(m):
+    mean, opt = AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(.9), use_buffers=True), torch.optim.SGD(m.parameters(), .1)
+    for _ in range(2): loss(m).backward(); opt.step(); opt.zero_grad(); mean.update_parameters(m)
+    assert mean.eval()(x).isfinite().all()
+
+@case
+def gradient_accumulation(m):
+    m.eval(); loss(m).backward(); whole = [p.grad for p in m.parameters()]; m.zero_grad()
+    for i in (0, 2): (loss(m, x[i:i+2], y[i:i+2])/2).backward()
+    for p, g in zip(m.parameters(), whole): close(p.grad, g)
+
+@case
+def only_the_head_trains(m):
+    m.requires_grad_(False); m.get_classifier().requires_grad_(True); loss(m).backward()
+    assert [*map(has_gradient, m.parameters())] == [p.requires_grad for p in m.parameters()]
+
+@case
+def blocks_are_frozen(m):
+    m.blocks.requires_grad_(False); loss(m).backward()
+    assert [*map(has_gradient, m.parameters())] == [p.requires_grad for p in m.parameters()]
+
+@case
+def layer_wise_learning_rates(m):
+    opt = create_optimizer_v2(m, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.7); loss(m).backward(); opt.step()
+    assert len({g['lr_scale'] for g in opt.param_groups}) == 4  # stem, two blocks, norm and head
+
+@case
+def state_dict_of_a_meta_model(m):
+    for assign in (False, True):
+        other = copy.deepcopy(m).to('meta')
+        if not assign: other.to_empty(device='cpu')
+        other.load_state_dict(m.state_dict(), assign=assign); close(other.eval()(x), m.eval()(x))
+
+@case
+def autocast(m):
+    with torch.autocast('cpu', torch.bfloat16): value = loss(m)
+    value.backward(); assert all(p.grad.isfinite().all() for p in m.parameters())
+
+@case
+def spectral_norm(m):
+    for part in [*m.modules()]:
+        if isinstance(part, nn.Linear): nn.utils.parametrizations.spectral_norm(part)
+    loss(m).backward()
+
+@case
+def offloading(m): want = m.eval()(x); close(cpu_offload(m, execution_device=torch.device('cpu'))(x), want)
+
+@case
+def export_with_any_batch(m):
+    batch = torch.export.Dim('batch', min=1, max=64)
+    close(torch.export.export(m.eval(), (x,), dynamic_shapes=({0: batch},)).module()(x[:3]), m(x[:3]))
+
+@case
+def compile_fullgraph(m): torch._dynamo.reset(); m.eval(); close(torch.compile(m, backend='eager', fullgraph=True)(x), m(x))
+@case
+def compile_and_train(m):
+    torch._dynamo.reset(); loss(torch.compile(m, backend='aot_eager')).backward(); assert all(map(has_gradient, m.parameters()))
+
+def call(m, params, images=x): return torch.func.functional_call(m, params, (images,))
+@case
+def functional_gradient(m):
+    params = {n: p.detach() for n, p in m.eval().named_parameters()}; close(call(m, params), m(x))
+    grads = torch.func.grad(lambda p: F.cross_entropy(call(m, p), y))(params); assert all(g.isfinite().all() for g in grads.values())
+
+@case
+def vmap_over_models(m):
+    both, empty = [m.eval(), copy.deepcopy(m)], copy.deepcopy(m).to('meta')
+    close(torch.func.vmap(lambda p, b: call(empty, (p, b)))(*torch.func.stack_module_state(both))[1], m(x))
+
+@case
+def vmap_over_images(m): m.eval(); close(torch.func.vmap(lambda image: m(image[None])[0])(x), m(x))
+@case
+def input_gradient(m):
+    images = x.clone().requires_grad_(); m.eval()(images).sum().backward(); assert images.grad.abs().sum() > 0
+
+@every_model
+@pytest.mark.parametrize('what', cases)
+def test_as_timms_vit(what, name):
+    if (what, name) in cannot: pytest.skip('the number of SVD tokens depends on the image')
+    cases[what](make(name))
