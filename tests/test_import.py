@@ -33,3 +33,10 @@ try: {needs}
 except ImportError as e: print(e)'''
     shape, said = python(code, tmp_path, cwd=tmp_path).splitlines()
     assert shape == 'torch.Size([1, 6])' and f'needs {stub}>=' in said.replace('saving and loading models ', '')
+
+def test_no_module_of_unix_is_needed(tmp_path):
+    code = '''import sys, importlib, pkgutil
+for name in ('resource', 'fcntl', 'pwd', 'grp', 'termios', 'readline', 'syslog'): sys.modules[name] = None  # as on Windows
+import sigma_tokenizer
+for m in pkgutil.iter_modules(sigma_tokenizer.__path__): importlib.import_module(f'sigma_tokenizer.{m.name}')'''
+    python(code, cwd=tmp_path)
