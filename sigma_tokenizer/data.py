@@ -18,8 +18,7 @@ from torch import Tensor
 from PIL import Image, ImageOps
 from fastcore.xdg import xdg_cache_home
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
-from fasttransform import Transform
-from fastai.data.transforms import AttrGetter, Categorize, IntToFloatTensor, Normalize, ToTensor
+from fastai.data.transforms import AttrGetter, Categorize, IntToFloatTensor, Normalize, ToTensor, Transform
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, imagenet_stats
