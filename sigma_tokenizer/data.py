@@ -329,6 +329,9 @@ class ImageLoader(TfmdDL):
             if self.train: x = self.augment(x, self.image_size, self.flip)
             yield TensorImage(x.permute(0, 3, 1, 2).contiguous()), TensorCategory(self.labels[idx])
 
+    def __iter__(self):
+        for batch in super().__iter__(): yield tuple(t.as_subclass(Tensor) for t in batch)  # for loops without fastai
+
     def new(self, dataset=None, cls=None, **kwargs):
         "For other images, or an order of fastai's own: image by image, without augmentation"
         return super().new(dataset, cls or TfmdDL, **kwargs)

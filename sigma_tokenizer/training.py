@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['gini_index', 'SparsityLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice',
-           'SmoothLoss', 'create_learner', 'NoValidation', 'Checkpoint', 'train', 'evaluate', 'calibrate']
+           'SmoothLoss', 'fused_adamw', 'create_learner', 'NoValidation', 'Checkpoint', 'train', 'evaluate',
+           'calibrate']
 
 # %% ../nbs/11_training.ipynb #a473c7ad
 import math, random, sys, time
@@ -136,7 +137,7 @@ class BFloat16(Callback):
         learn, model = self.learn, self.model
         def once(*args):
             learn.model = model  # at once: an interrupted training leaves nothing behind
-            with autocast(self.dls.device, 'bfloat16'): return model(*args).float()
+            with autocast(next(model.parameters()).device, 'bfloat16'): return model(*args).float()
         learn.model = once
 
 # %% ../nbs/11_training.ipynb #303f8064
@@ -153,6 +154,11 @@ class SmoothLoss(AvgSmoothLoss):
         self.count += 1; self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 # %% ../nbs/11_training.ipynb #9d041af8
+def fused_adamw(groups, **kwargs):
+    "torch's AdamW, fused on a GPU"
+    on_gpu = all(p.is_cuda for g in groups for p in (g['params'] if isinstance(g, dict) else [g]))
+    return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
+
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits
     dls:DataLoaders,  # such as image_loaders
@@ -162,8 +168,7 @@ def create_learner(
     "A fastai learner: cross-entropy, AdamW, accuracy; a model without names for its classes takes those of the data"
     if getattr(model, 'classes', 0) is None and len(vocab := getattr(dls, 'vocab', ())) == model.num_classes:
         model.classes = [*map(str, vocab)]
-    adamw = partial(torch.optim.AdamW, fused=True if torch.device(dls.device).type == 'cuda' else None)
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=adamw), wd=wd,
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=fused_adamw), wd=wd,
                    metrics=OnDevice(accuracy), cbs=cbs)
 
 # %% ../nbs/11_training.ipynb #7be76d9d
@@ -284,7 +289,6 @@ def evaluate(
     model.eval()
     said, scores = dict(labels=[], preds=[], confidence=[], lengths=[]), []
     for x, y in loader:
-        x, y = x.as_subclass(Tensor), y.as_subclass(Tensor)
         with autocast(x.device, precision):
             tokens = model.embed(x)
             short = [model.reduce(tokens, keep) for keep in budgets]
@@ -306,12 +310,12 @@ def calibrate(
 )->TopP:
     "The budget with this mean length over the training images"
     model.eval()
-    with autocast(dls.device, precision): seen = [(t.scores, t.mask) for t in (model.tokenizer(x.as_subclass(Tensor)) for x, *_ in dls.train)]
+    with autocast(model.cls_token.device, precision): seen = [(t.scores, t.mask) for t in (model.tokenizer(x) for x, *_ in dls.train)]
     if seen[0][0] is None:
         raise ValueError(f'model: got {type(model.tokenizer).__name__}; accepted: a model whose tokenizer has scores')
     width = max(mask.shape[1] for _, mask in seen)
     scores, mask = (torch.cat([F.pad(part.cpu(), (0, width - part.shape[1])) for part in parts]) for parts in zip(*seen))
-    few = model.embed(next(iter(dls.train))[0].as_subclass(Tensor))
+    few = model.embed(next(iter(dls.train))[0])
     added = model.reduce(few, TopK(1)).lengths[0].item()  # beside what is kept: the class token, and a rest token if there is one
     least, most = added + 1, 1 + mask.sum(1).double().mean().item()
     check_number('mean_length', mean_length, f'{least} <= mean_length <= {most:g}', lambda n: least <= n <= most)
