@@ -176,7 +176,7 @@ def run_once(
         torch.compiler.reset()
         for part in model.modules():
             if isinstance(part, (Block, ConvStem)): part.compile()
-    learn = create_learner(model, dls, t['wd'], _callbacks(config))
+    learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)  # as every run of the tables
     names, keeps, reported = zip(*_rows(run, config))
     after = len(keeps)*len(data.test)/len(data.train)/3  # a forward pass is a third of a step; short ones take less
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline, after=after)

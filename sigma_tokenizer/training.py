@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gini_index', 'SparsityLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice',
-           'SmoothLoss', 'fused_adamw', 'create_learner', 'NoValidation', 'Checkpoint', 'train', 'evaluate',
+           'SmoothLoss', 'AdamW', 'spared_decay', 'create_learner', 'NoValidation', 'Checkpoint', 'train', 'evaluate',
            'calibrate']
 
 # %% ../nbs/11_training.ipynb #a473c7ad
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
@@ -154,21 +155,40 @@ class SmoothLoss(AvgSmoothLoss):
         self.count += 1; self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 # %% ../nbs/11_training.ipynb #9d041af8
-def fused_adamw(groups, **kwargs):
-    "torch's AdamW, fused on a GPU"
-    on_gpu = all(p.is_cuda for g in groups for p in (g['params'] if isinstance(g, dict) else [g]))
-    return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
+class AdamW(OptimWrapper):
+    "torch's AdamW, fused on a GPU, for fastai; with a model, its `spared_decay` is not decayed"
+    def __init__(self, params, model=None, **kwargs):
+        groups = params if isinstance(params[0], (list, L)) else [params]
+        spared = {id(p) for p in (spared_decay(model) if model else ())}
+        halves = [[p for p in g if (id(p) in spared) == half] for g in groups for half in (False, True)]
+        on_gpu = all(p.is_cuda for h in halves for p in h)
+        super().__init__(halves, opt=partial(torch.optim.AdamW, fused=on_gpu or None), **kwargs)
+
+    # two of torch's groups are one of fastai's
+    @property
+    def hypers(self): return super().hypers[::2]
+    @property
+    def param_lists(self): lists = super().param_lists; return [a + b for a, b in zip(lists[::2], lists[1::2])]
+    def _set_hyper(self, k, v): super()._set_hyper(k, [x for value in v for x in (value, 0. if k == 'wd' else value)])
+
+def spared_decay(
+    model:nn.Module
+)->list[Tensor]:  # parameters
+    "What timm spares weight decay: biases, norms, and what the model names in `no_weight_decay`"
+    named = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    return [p for n, p in model.named_parameters() if p.ndim <= 1 or n in named]
 
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits
     dls:DataLoaders,  # such as image_loaders
     wd:float=0.,  # decoupled weight decay; 0 makes AdamW the plain Adam
-    cbs=()  # further callbacks, such as SparsityLoss(.0125)
+    cbs=(),  # further callbacks, such as SparsityLoss(.0125)
+    spare:bool=True  # no decay for spared_decay; False decays everything
 )->Learner:
     "A fastai learner: cross-entropy, AdamW, accuracy; a model without names for its classes takes those of the data"
     if getattr(model, 'classes', 0) is None and len(vocab := getattr(dls, 'vocab', ())) == model.num_classes:
         model.classes = [*map(str, vocab)]
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=fused_adamw), wd=wd,
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(AdamW, model=model if spare else None), wd=wd,
                    metrics=OnDevice(accuracy), cbs=cbs)
 
 # %% ../nbs/11_training.ipynb #7be76d9d

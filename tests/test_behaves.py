@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from timm.models import VisionTransformer as ViT
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
 from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
@@ -285,3 +285,11 @@ def input_gradient(m):
 def test_as_timms_vit(what, name):
     if (what, name) in cannot: pytest.skip('the number of SVD tokens depends on the image')
     cases[what](make(name))
+
+def test_weight_decay_by_timms_rule(learner):
+    learn = learner(wd=.1); spared = {*map(id, param_groups_weight_decay(learn.model, .1, no_weight_decay_list=learn.model.no_weight_decay())[0]['params'])}
+    learn.fit(1, 1e-3)
+    for g in learn.opt.opt.param_groups:
+        assert all((id(p) in spared) == (g['weight_decay'] == 0) for p in g['params']) and g['lr'] == 1e-3
+    assert len(learn.opt.param_lists) == 1 and learn.opt.hypers[0]['wd'] == .1
+    learn.fit(1, slice(1e-3)); learn.fit_one_cycle(1, 1e-3, wd=.2); assert learn.opt.opt.param_groups[0]['weight_decay'] == .2
