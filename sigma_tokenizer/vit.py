@@ -241,9 +241,10 @@ def forward(self:VisionTransformer,
 # %% ../nbs/04_vit.ipynb #0c608f80
 def _taken(indices, depth):
     "Numbers of the blocks that `indices` means: the last n, these, or all"
-    if indices is None: indices = depth
-    try: return [*range(depth)[depth - indices:]] if isinstance(indices, int) else [range(depth)[i] for i in indices]
-    except IndexError: raise ValueError(f'indices: got {indices}; accepted: blocks {-depth} to {depth - 1}') from None
+    taken = range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
+    if not taken or isinstance(indices, int) and indices > depth or not all(-depth <= i < depth for i in taken):
+        raise ValueError(f'indices: got {indices}; accepted: up to {depth}, or blocks {-depth} to {depth - 1}')
+    return [i % depth for i in taken]
 
 @patch
 def forward_intermediates(self:VisionTransformer,
@@ -276,6 +277,7 @@ def forward_intermediates(self:VisionTransformer,
     maps = [found[i] if return_prefix_tokens else found[i][0] for i in take]
     return maps if intermediates_only else (self.norm(y), maps)
 
+# %% ../nbs/04_vit.ipynb #6498f0fc
 @patch
 def prune_intermediate_layers(self:VisionTransformer,
     indices:int|list[int]=1,  # as above

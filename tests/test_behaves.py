@@ -293,3 +293,9 @@ def test_weight_decay_by_timms_rule(learner):
         assert all((id(p) in spared) == (g['weight_decay'] == 0) for p in g['params']) and g['lr'] == 1e-3
     assert len(learn.opt.param_lists) == 1 and learn.opt.hypers[0]['wd'] == .1
     learn.fit(1, slice(1e-3)); learn.fit_one_cycle(1, 1e-3, wd=.2); assert learn.opt.opt.param_groups[0]['weight_decay'] == .2
+
+def test_blocks_that_are_not_there():
+    m = make('msvd').eval()
+    for bad in (0, 3, [2], [-3], []):
+        with pytest.raises(ValueError, match='indices: got'): m.forward_intermediates(x, bad)
+    with pytest.raises(ValueError, match='indices: got'): make('msvd', depth=0).forward_intermediates(x)
