@@ -255,9 +255,14 @@ def crop_together(
     size:int  # side M of the crops
 )->Tensor:  # (B, M, M, 3)
     "The crops of all images in one gather, for a GPU"
-    span, n = torch.arange(size), torch.arange(len(images))
-    rows, cols = top[:, None] + span, left[:, None] + torch.where(mirror[:, None], span.flip(0), span)
-    return images[tuple(i.to(images.device) for i in (n[:, None, None], rows[:, :, None], cols[:, None]))]
+    top, left, mirror = _sent(torch.stack([top, left, mirror.long()]), images.device)[..., None]
+    span, n = (torch.arange(k, device=images.device) for k in (size, len(images)))
+    rows, cols = top + span, left + torch.where(mirror > 0, span.flip(0), span)
+    return images[n[:, None, None], rows[:, :, None], cols[:, None]]
+
+def _sent(x, device):
+    "`x` on the device; a GPU does not wait for it"
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
 
 def random_crop(
     images:Tensor,  # (B, S, S, 3)
@@ -325,6 +330,7 @@ class ImageLoader(TfmdDL):
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
+            idx = _sent(torch.tensor(idx), self.images.device)
             x = self.images[idx]
             if self.train: x = self.augment(x, self.image_size, self.flip)
             yield TensorImage(x.permute(0, 3, 1, 2).contiguous()), TensorCategory(self.labels[idx])
