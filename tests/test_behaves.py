@@ -7,6 +7,7 @@ from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumula
                                  SaveModelCallback)
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
+from fastai.torch_core import set_seed
 from fastai.vision.core import PILImage
 import fastai.vision.learner  # how top losses are plotted
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from timm.models import VisionTransformer as ViT
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
-from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, train
+from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, evaluate, train
+from sigma_tokenizer.vit import PatchTokenizer, VisionTransformer
 
 few = lambda s, n: Split(s.images[:n], s.labels[:n])
 digits = digits_data(16); digits = replace(digits, train=few(digits.train, 96), test=few(digits.test, 40))
@@ -127,6 +129,18 @@ def test_image_sizes(name):
     for size in ((24, 24), (48, 48), (32, 64)): assert square(torch.rand(2, 3, *size)).shape == (2, 5)
     if name == 'timm': return
     with pytest.raises(ValueError, match='image_size: got'): make(name, image_size=(32, 36))
+
+@pytest.mark.parametrize('pos_embed', ['sinusoidal', 'learned'])
+def test_accuracy_at_other_sizes(pos_embed):
+    set_seed(0)
+    learn = create_learner(VisionTransformer(PatchTokenizer(32, 4, 64), 10, 2, 4, drop_rate=0., pos_embed=pos_embed),
+                           image_loaders(digits_data(32), 64), .01)
+    train(learn, 8, 3e-3, 'one_cycle')
+    def accuracy(side):
+        said, _ = evaluate(learn.model, image_loaders(digits_data(side), 64).valid)
+        return (said['preds'][0] == said['labels']).mean()
+    assert (own := accuracy(32)) > .8
+    assert min(map(accuracy, (28, 36, 40))) > own - .1  # with positions that count row by row it is half of it
 
 @pytest.mark.parametrize('name', ['fft', 'svd'])
 def test_squares_only(name):
