@@ -80,8 +80,8 @@ def predict_files(
     out:str|Path='.'  # folder of the pictures, made if it is not there
 )->int:  # how many could not be read
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
-    if (name := model.config['name']) in ('fft', 'svd'):
-        raise ValueError(f'model: got {name}; accepted: one whose tokens are patches, to be drawn')
+    if (name := model.config['name']) in ('fft', 'svd') or model.config['reduction'] == 'pool':
+        raise ValueError(f'model: got {name}, reduction {model.config["reduction"]}; accepted: one that keeps patches, to be drawn')
     if model.config['in_chans'] != 3 or not isinstance(model.config['image_size'], int):
         raise ValueError(f'model: got {model.config["in_chans"]} channels, {model.config["image_size"]} pixels; accepted: square RGB images')
     files, bad = [Path(f) for f in files], 0
