@@ -312,7 +312,7 @@ def write_summary(
     out, results = Path(out), load_results(out)
     table, r = result_table(results), results[0]
     size = r['config']['model']['image_size']
-    fig = plot_tokens(table, f'ours ({r["data"]["name"]}, {size} pixels)')
+    fig = plot_tokens(table, f'ours ({size} pixels)')
     lines = '\n'.join(table_lines(table)) + '\n'
     with replaced(out/'table.md') as new: new.write_text(lines, 'utf-8')
     with replaced(out/'table.csv') as new: table.to_csv(new, index=False, float_format='%.6g')
