@@ -173,7 +173,7 @@ def run_once(
     model = create_model(**config['model'] | own).to(device)
     if t['compile']:
         torch.compiler.reset()
-        model.encode = torch.compile(model.encode)  # all blocks in one program: between programs a GPU has nothing to do
+        model.encode = torch.compile(model.encode)  # all blocks in one program: less work for the host at each step
         for part in model.modules():
             if isinstance(part, ConvStem): part.compile()
     learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)  # as every run of the tables

@@ -138,7 +138,7 @@ def test_accuracy_at_other_sizes():
     def accuracy(side):
         said, _ = evaluate(learn.model, image_loaders(digits_data(side), 64).valid)
         return (said['preds'][0] == said['labels']).mean()
-    assert min(map(accuracy, (28, 36, 40))) > .82  # with positions that count row by row it is below 0.5
+    assert min(map(accuracy, (28, 36, 40))) > .82
     model, learned, x = learn.model.eval(), vit('learned').eval(), torch.rand(2, 3, 36, 28)
     learned.load_state_dict(model.state_dict() | {'pos_embed': model.pos_embed})
     torch.testing.assert_close(learned(x), model(x))
