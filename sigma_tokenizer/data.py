@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['replaced', 'Split', 'ImageData', 'digits_data', 'decode', 'train_side', 'folder_data', 'load_data', 'hold_out',
-           'crop_together', 'random_crop', 'random_resized_crop', 'Labelled', 'OpenImage', 'ImageLoader',
-           'image_loaders']
+           'crop_together', 'random_crop', 'random_windows', 'resize_together', 'random_resized_crop', 'Labelled',
+           'OpenImage', 'ImageLoader', 'image_loaders']
 
 # %% ../nbs/10_data.ipynb #a238b0f3
 import hashlib, json, math, os, secrets, shutil, sys, warnings
@@ -277,14 +277,47 @@ def random_crop(
     crops = [im[i:i+size, j:j+size] for im, i, j in zip(images, top.tolist(), left.tolist())]  # a tenth of the gather's time
     return torch.stack([c.flip(1) if m else c for c, m in zip(crops, mirror.tolist())])
 
-# %% ../nbs/10_data.ipynb #a95ba789
+# %% ../nbs/10_data.ipynb #a95ba788
+def random_windows(
+    n:int,  # windows
+    side:int,  # of the square images that they are in, in pixels
+    tries:int=10  # draws until a window fits; after that it is the whole image
+)->tuple[Tensor, Tensor]:  # first row and column, height and width: (2, n) each
+    "The windows of torchvision's `RandomResizedCrop`, 35 to 100% of the area, 3:4 to 4:3, all at once"
+    area = torch.empty(tries, n).uniform_(.35, 1)
+    ratio = torch.empty(tries, n).uniform_(-math.log(4/3), math.log(4/3)).exp()
+    spans = (side*torch.stack([(area/ratio).sqrt(), (area*ratio).sqrt()])).round()
+    fits = (spans <= side).all(0)
+    spans = torch.where(fits.any(0), spans[:, fits.int().argmax(0), torch.arange(n)], side)
+    return (torch.rand(2, n)*(side - spans + 1)).floor(), spans
+
+def resize_together(
+    images:Tensor,  # (B, S, S, 3) uint8
+    start:Tensor, span:Tensor,  # (2, B): first row and column, height and width of each window
+    mirror:Tensor,  # (B,) bool
+    size:int  # side M of the result, in pixels
+)->Tensor:  # (B, M, M, 3) uint8
+    "A window of each image, resized with antialiased bilinear weights and perhaps mirrored: two matrix products, for a GPU"
+    packed = _sent(torch.cat([start, span, mirror[None]]), images.device)[..., None, None]  # (5, B, 1, 1)
+    start, span, mirror = packed[:2], packed[2:4], packed[4, :, 0]
+    pixel, out = (torch.arange(k, device=images.device) + .5 for k in (images.shape[1], size))
+    centre = start + span/size*out[:, None]  # (2, B, M, 1) of each new pixel, in pixels of the image
+    weights = (1 - (pixel - centre).abs()/(span/size).clamp(min=1)).clamp(min=0)
+    weights = weights*((pixel > start) & (pixel < start + span))
+    rows, cols = weights/weights.sum(-1, keepdim=True)  # (B, M, S)
+    cols = torch.where(mirror[..., None] > 0, cols.flip(1), cols)
+    x = (rows @ images.float().flatten(2)).unflatten(2, images.shape[2:])  # (B, M, S, 3)
+    return torch.einsum('bjs,bisc->bijc', cols, x).round().byte()
+
 def random_resized_crop(
     images:Tensor,  # (B, S, S, 3) uint8
     size:int,  # side M of the result, in pixels
     flip:bool=True  # mirror each image left-right with probability 1/2
 )->Tensor:  # (B, M, M, 3)
     "A random window of each image, 35 to 100% of its area, 3:4 to 4:3, resized, perhaps mirrored"
-    window = v2.RandomResizedCrop(size, scale=(.35, 1), antialias=True)
+    if images.is_cuda:
+        return resize_together(images, *random_windows(len(images), images.shape[1]), torch.rand(len(images)) < .5*flip, size)
+    window = v2.RandomResizedCrop(size, scale=(.35, 1), antialias=True)  # on a CPU a third of the matrix products' time
     mirror = v2.RandomHorizontalFlip(.5 if flip else 0)
     return torch.stack([mirror(window(im.permute(2, 0, 1))) for im in images]).permute(0, 2, 3, 1)
 
