@@ -3,7 +3,7 @@
     python .ci/check.py           exit 1 and say what differs
     python .ci/check.py --write   write tables, charts, outputs of the results pages and README.md instead
 """
-import json, os, re, sys, tempfile, warnings
+import base64, json, os, re, sys, tempfile, warnings
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -49,17 +49,22 @@ def check_page(path):
     if write: nbformat.write(now, path)
 
 def readme():
-    "index.ipynb with its outputs, and links that work from the top folder"
+    "index.ipynb with its outputs, and links that work from the top folder; its pictures as files, by name"
+    pictures = {}
     def text(cell):
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown': return source
         parts = [] if source.startswith('#|') else [f'```python\n{source}\n```']
         for data in (o.get('data', {}) for o in cell['outputs']):
             if 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
+            elif 'image/png' in data:
+                pictures[name := f'nbs/index-{len(pictures) + 1}.png'] = base64.b64decode(data['image/png'])
+                parts.append('![{}]({})'.format(re.search(r'#\| fig-alt: "(.*)"', source)[1], name))
             elif 'text/plain' in data: parts.append('```\n' + ''.join(data['text/plain']) + '\n```')
         return '\n\n'.join(parts)
-    said = '\n\n'.join(map(text, json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells'])).replace('](../', '](')
-    return re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', said) + '\n'
+    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    said = '\n\n'.join(filter(None, map(text, cells))).replace('](../', '](')
+    return re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', said) + '\n', pictures
 
 def check_links():
     "The sidebar names each notebook once, links lead to files, and each module has its notebook"
@@ -81,8 +86,10 @@ for folder in sorted({p.parent for p in (root/'results').rglob('*-seed*.json')})
     if folder.parent.name != 'choices': check_rows(folder)  # the choices were made on held-out images, some without predictions
     check_table(folder)
 for page in [*sorted((root/'nbs').glob('2*.ipynb')), root/'nbs/index.ipynb']: check_page(page)
-if write: (root/'README.md').write_text(readme(), encoding='utf-8')
-elif (root/'README.md').read_text(encoding='utf-8') != readme(): wrong.append('README.md: not what nbs/index.ipynb gives')
+said, pictures = readme()
+for name, data in {'README.md': said.encode(), **pictures}.items():
+    if write: (root/name).write_bytes(data)
+    elif not (root/name).exists() or (root/name).read_bytes() != data: wrong.append(f'{name}: not what nbs/index.ipynb gives')
 check_links()
 print('\n'.join(wrong) or 'tables, pages, README and links ' + ('written' if write else 'agree with what they are made from'))
 sys.exit(bool(wrong))
