@@ -23,17 +23,17 @@ from .data import decode, replaced
 @dataclass(frozen=True)
 class Prediction:
     "What a model says of one image, and from which tokens"
-    label:str  # the class: its name, or its number if the model has no names
+    label:str  # name of the class, or its number if the model has no names
     probability:float  # of that class
     kept:Tensor  # (N,) bool, the tokens that the budget kept
     scores:Tensor|None  # (N,) in [0, 1]; None without a scorer
-    rest:bool  # is there one more token, for the dropped ones?
+    rest:bool  # whether a rest token sums up the dropped ones
 
 @torch.no_grad()
 def predict(
     model:SigmaModel,  # in evaluation mode
     images:Tensor,  # (B, 3, M, M) in [0, 1]
-    keep:TopK|TopP|None|str='default'  # the budget; None for all tokens, 'default' for `model.keep`
+    keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
 )->list[Prediction]:
     "The most likely class of each image"
     if not model.num_classes: raise ValueError('model: got one without a head; accepted: one with classes')
@@ -55,16 +55,18 @@ def show_kept(
     kept:Tensor,  # (N,) bool, patches row by row; or (n, N) for n budgets side by side
     scores:Tensor|None=None,  # (N,) in [0, 1]
     title:str='',
-    fig=None  # a matplotlib figure to draw into; a new one if None
+    fig=None  # matplotlib figure to draw into; None: a new one
 ):  # the figure
     "The image, its scores if there are any, and the patches that were kept"
     import matplotlib.pyplot as plt
-    rows = round(math.sqrt(kept.shape[-1]*image.shape[1]/image.shape[2])); cells = rows, kept.shape[-1]//rows
+    rows = round(math.sqrt(kept.shape[-1]*image.shape[1]/image.shape[2]))
+    cells = rows, kept.shape[-1]//rows
     def grid(v): return F.interpolate(v.float().view(1, 1, *cells), image.shape[1:])[0]
-    panels = [('image', image)] + ([] if scores is None else [('scores', scores.view(1, *cells))])
+    panels = [('image', image)]
+    if scores is not None: panels.append(('scores', scores.view(1, *cells)))
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
-    if fig is None: fig = plt.figure(dpi=100)
+    if fig is None: fig = plt.figure()
     fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
@@ -76,21 +78,25 @@ def show_kept(
 def predict_files(
     files:list[str|Path],  # images
     model:SigmaModel,  # in evaluation mode; its tokens are patches
-    keep:TopK|TopP|None|str='default',  # the budget
-    out:str|Path='.'  # folder of the pictures, made if it is not there
-)->int:  # how many could not be read
+    keep:TopK|TopP|None|str='default',  # budget
+    out:str|Path='.'  # folder for the pictures, made if missing
+)->int:  # number of unreadable files
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
-    if (name := model.config['name']) in ('fft', 'svd') or model.config['reduction'] == 'pool':
-        raise ValueError(f'model: got {name}, reduction {model.config["reduction"]}; accepted: one that keeps patches, to be drawn')
-    if model.config['in_chans'] != 3 or not isinstance(model.config['image_size'], int):
-        raise ValueError(f'model: got {model.config["in_chans"]} channels, {model.config["image_size"]} pixels; accepted: square RGB images')
+    config = model.config
+    if config['name'] in ('fft', 'svd') or config['reduction'] == 'pool':
+        raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}; '
+                         'accepted: one that keeps patches, to be drawn')
+    if config['in_chans'] != 3 or not isinstance(config['image_size'], int):
+        raise ValueError(f'model: got {config["in_chans"]} channels, {config["image_size"]} '
+                         'pixels; accepted: square RGB images')
     files, bad = [Path(f) for f in files], 0
     pictures = [Path(out).resolve()/f'{f.stem}.kept.png' for f in files]
     if len({*pictures}) < len(files) or {*pictures} & {f.resolve() for f in files}:
-        raise ValueError(f'images: got {", ".join(f.name for f in files)}; accepted: images whose pictures, '
-                         'NAME.kept.png, are drawn over neither an image nor each other')
+        raise ValueError(f'images: got {", ".join(f.name for f in files)}; accepted: images '
+                         'whose pictures, NAME.kept.png, are drawn over neither an image '
+                         'nor each other')
     for file, picture in zip(files, pictures):
-        got = [decode(file, side) for side in (model.config['image_size'], 256)]
+        got = [decode(file, side) for side in (config['image_size'], 256)]
         if isinstance(got[0], str):
             print(f'{file}: {got[0]}', file=sys.stderr); bad += 1
             continue
@@ -99,8 +105,8 @@ def predict_files(
         picture.parent.mkdir(parents=True, exist_ok=True)
         show_kept(large, p.kept, p.scores, f'{p.label} {p.probability:.2f}', fig := Figure())
         with replaced(picture) as new: fig.savefig(new, format='png')
-        print(f'{file}: {p.label} {p.probability:.2f}, {int(p.kept.sum())} of {len(p.kept)} tokens'
-              f'{" and the rest token"*p.rest}, {Path(out)/picture.name}')
+        print(f'{file}: {p.label} {p.probability:.2f}, {int(p.kept.sum())} of {len(p.kept)} '
+              f'tokens{" and the rest token"*p.rest}, {Path(out)/picture.name}')
     return bad
 
 # %% ../nbs/14_predict.ipynb #586ca313
@@ -111,13 +117,15 @@ def sigma_predict(
     parser = ArgumentParser('sigma_predict', description=sigma_predict.__doc__)
     parser.add_argument('images', nargs='+', help='image files')
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument('--keep', metavar='K', type=int,
-                        help="keep the K highest scores (default: the model's own budget, or all)")
+    budget.add_argument('--keep', metavar='K', type=int, help='keep the K highest scores '
+                        "(default: the model's own budget, or all)")
     budget.add_argument('--top-p', metavar='P', type=float,
                         help="keep as many as hold a share P of the scores' sum")
-    parser.add_argument('--model', default='msvd_short_intel64', help='a trained model of the package, '
-                        'a folder, or a name on the Hugging Face Hub (default: %(default)s)')
-    parser.add_argument('--out', default='.', help='folder of the pictures (default: %(default)s)')
+    parser.add_argument('--model', default='msvd_short_intel64',
+                        help='a trained model of the package, a folder, or a name on the '
+                        'Hugging Face Hub (default: %(default)s)')
+    parser.add_argument('--out', default='.',
+                        help='folder of the pictures (default: %(default)s)')
     a = parser.parse_args(args)
     # for a file name that the terminal cannot show
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
@@ -125,5 +133,6 @@ def sigma_predict(
         keep = 'default'
         if a.keep is not None: keep = TopK(a.keep)
         if a.top_p is not None: keep = TopP(a.top_p)
-        sys.exit(int(predict_files(a.images, SigmaModel.from_pretrained(a.model), keep, a.out) > 0))
+        model = SigmaModel.from_pretrained(a.model)
+        sys.exit(int(predict_files(a.images, model, keep, a.out) > 0))
     except (ValueError, OSError, ImportError) as e: sys.exit(f'sigma_predict: {e}')
