@@ -345,7 +345,7 @@ def forward_intermediates(self:VisionTransformer,
 # %% ../nbs/04_vit.ipynb #6498f0fc
 @patch
 def prune_intermediate_layers(self:VisionTransformer,
-    indices:int|list[int]=1,  # as above
+    indices:int|list[int]=1,  # blocks: the last n, or these
     prune_norm:bool=False,  # drop the last norm
     prune_head:bool=True  # drop the head
 )->list[int]:  # the blocks that indices means
