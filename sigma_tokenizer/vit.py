@@ -328,7 +328,7 @@ def forward_intermediates(self:VisionTransformer,
     if output_fmt not in ('NCHW', 'NLC') or maps and not grid:
         raise ValueError(f"output_fmt: got {output_fmt!r}; accepted: {'NCHW, '*bool(grid)}NLC")
     take, n = _taken(indices, len(self.blocks)), math.prod(grid) if grid else n_tokens
-    t = self.reduce(self.embed(x), self.keep if isinstance(keep, str) else keep)
+    t = self.reduce(self.embed(x), self.keep if keep == 'default' else keep)
     cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
     y, found = self.drop(torch.cat([cls, t.x], 1)), {}
     mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
