@@ -20,15 +20,17 @@ import numpy as np
 import pandas as pd
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (ConfusionMatrixDisplay, accuracy_score, confusion_matrix,
+                             f1_score)
 from typing_extensions import NotRequired, TypedDict
 from .select import TopK, TopP
 from .data import replaced
 
 # %% ../nbs/12_compare.ipynb #ba6701d0
-def load_experiments()->dict[str, dict]:  # run -> model, title, args, sparsity, ..., rows
+def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
     "Every training run of the tables, with the reported figures (`experiments.toml`)"
-    experiments = tomllib.loads((files('sigma_tokenizer')/'experiments.toml').read_text('utf-8'))
+    text = (files('sigma_tokenizer')/'experiments.toml').read_text('utf-8')
+    experiments = tomllib.loads(text)
     for e in experiments.values():
         more = [{b: v} for b in ('k', 'mean_length') for v in e.pop(b, [])]
         e.setdefault('rows', [{}, *more])
@@ -40,19 +42,25 @@ def _tokens(k, n): return 'all tokens' if k == n else f'{k} of {n} tokens'
 def _budget(e, row, n):
     "A row's budget, in words and for the model"
     args = e.get('args', {})
-    if 'k' in row: return _tokens(k := max(min(1, row['k']), round(row['k']*n/256)), n), TopK(k)
+    if 'k' in row:
+        k = max(min(1, row['k']), round(row['k']*n/256))
+        return _tokens(k, n), TopK(k)
     if 'p' in row: return f'top-p {row["p"]}', TopP(row['p'])
-    if 'mean_length' in row: return f'mean length {(m := row["mean_length"]*n/256):.3g} of {n}', m
+    if 'mean_length' in row:
+        length = row['mean_length']*n/256
+        return f'mean length {length:.3g} of {n}', length
     if 'energy' in args:
-        linear = args.get('criterion') == 'linear'
-        return f'{args["energy"]:.0%} of {"singular values" if linear else "energy"}', None
-    if 'filter_size' in args: return _tokens(round(n*(args['filter_size']/256)**2), n), None
-    return 'all tokens' if e['model'].endswith('_gated') or len(e['rows']) > 1 else '', None
+        of = 'singular values' if args.get('criterion') == 'linear' else 'energy'
+        return f'{args["energy"]:.0%} of {of}', None
+    if 'filter_size' in args:
+        return _tokens(round(n*(args['filter_size']/256)**2), n), None
+    several = e['model'].endswith('_gated') or len(e['rows']) > 1
+    return 'all tokens' if several else '', None
 
 def run_rows(
     run:str,  # a run of experiments.toml
     n_tokens:int  # of an image, class token excluded
-)->list[tuple[str, TopK|TopP|float|None, dict|None]]:  # name, budget or mean length, reported
+)->list[tuple[str, TopK|TopP|float|None, dict|None]]:  # name, budget, reported
     "The rows that a run's model is evaluated for; of equal budgets the last one"
     e, rows = load_experiments()[run], {}
     for row in e['rows']:
@@ -62,15 +70,17 @@ def run_rows(
     return list(rows.values())
 
 # %% ../nbs/12_compare.ipynb #4b07ff46
-def reported()->pd.DataFrame:  # by reported name: run, row (of 256 tokens), accuracy, f1, length
+def reported()->pd.DataFrame:  # by name: run, row (of 256 tokens), accuracy, f1, length
     "The reported figures, NaN where one is missing"
     rows = [dict(run=run, row=name) | r for run in load_experiments()
             for name, _, r in run_rows(run, 256) if r]
-    return pd.DataFrame(rows).set_index('reported')[['run', 'row', 'accuracy', 'f1', 'length']]
+    columns = ['run', 'row', 'accuracy', 'f1', 'length']
+    return pd.DataFrame(rows).set_index('reported')[columns]
 
 # %% ../nbs/12_compare.ipynb #aef7afe7
 def metrics(
-    labels:np.ndarray, preds:np.ndarray, lengths:np.ndarray  # (n,) each; lengths with class token
+    labels:np.ndarray, preds:np.ndarray,  # (n,) each
+    lengths:np.ndarray  # (n,), with class token
 )->dict:
     "Accuracy, macro F1, mean length and number of images"
     f1 = f1_score(labels, preds, average='macro')
@@ -82,19 +92,22 @@ _strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
 class Row(TypedDict):
     __pydantic_config__ = _strict
-    row:str; reported:NotRequired[str]; accuracy:float; f1:float; mean_length:float; images:int
+    row:str; reported:NotRequired[str]
+    accuracy:float; f1:float; mean_length:float; images:int
 
 class DataUsed(TypedDict):
-    "Which images; `left_out` counts files that are no images, `unreadable` says why"
+    "Which images; `left_out` counts unreadable files, `unreadable` says why"
     __pydantic_config__ = _strict
-    name:str; evaluated:Literal['test', 'holdout']; classes:list[str]; train:int; test:int
-    fingerprint:str; left_out:NotRequired[int]; unreadable:list[list[str]]; in_both:NotRequired[int]
+    name:str; evaluated:Literal['test', 'holdout']; classes:list[str]
+    train:int; test:int; fingerprint:str
+    left_out:NotRequired[int]; unreadable:list[list[str]]; in_both:NotRequired[int]
 
 class Result(TypedDict):
     "What a run's JSON file holds"
     __pydantic_config__ = _strict
-    run:str; seed:int; config:dict; data:DataUsed; commit:str|None; versions:dict[str, str]
-    device:str; seconds:float; epochs:list[dict]; scores:dict|None; rows:list[Row]
+    run:str; seed:int; config:dict; data:DataUsed
+    commit:str|None; versions:dict[str, str]; device:str
+    seconds:float; epochs:list[dict]; scores:dict|None; rows:list[Row]
 
 # %% ../nbs/12_compare.ipynb #d7615031
 def result_path(out:str|Path, run:str, seed:int)->Path:
@@ -104,16 +117,18 @@ def result_path(out:str|Path, run:str, seed:int)->Path:
 def save_result(
     out:str|Path,  # the results' folder, made if it is not there
     result:Result,
-    predictions:dict[str, np.ndarray]  # labels (n,); preds, confidence, lengths (rows, n)
+    predictions:dict[str, np.ndarray]  # labels (n,); preds, confidence, lengths
 )->Path:
     "Write one run's result, and its predictions beside it (`.npz`)"
     TypeAdapter(Result).validate_python(result)
     path = result_path(out, result['run'], result['seed'])
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False) + '\n'
-    kind = lambda a: np.float16 if a.dtype.kind == 'f' else np.min_scalar_type(int(a.max()))
+    def small(a):
+        if a.dtype.kind == 'f': return a.astype(np.float16)
+        return a.astype(np.min_scalar_type(int(a.max())))
     with replaced(path.with_suffix('.npz')) as new, open(new, 'wb') as f:
-        np.savez_compressed(f, **{k: a.astype(kind(a)) for k, a in predictions.items()})
+        np.savez_compressed(f, **{k: small(a) for k, a in predictions.items()})
     with replaced(path) as new: new.write_text(text)
     return path
 
@@ -130,7 +145,8 @@ def load_predictions(
     path = Path(path).with_suffix('.npz')
     try:
         with np.load(path, allow_pickle=False) as f: return dict(f)
-    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f'{path}: no predictions: {e}') from None
+    except (ValueError, EOFError, BadZipFile) as e:
+        raise ValueError(f'{path}: no predictions: {e}') from None
 
 def load_results(out:str|Path)->list[Result]:
     "All results in the folder `out`, by name"
@@ -141,7 +157,7 @@ _intel = ['buildings', 'forest', 'glacier', 'mountain', 'sea', 'street']
 
 def result_table(
     results:list[dict]  # as load_results gives them
-)->pd.DataFrame:  # row, accuracy, std, f1, mean_length, seeds and, for Intel, reported, reported_*
+)->pd.DataFrame:  # row, accuracy, std, f1, mean_length, seeds; for Intel, reported*
     "A line for each row that was run, in the order of `experiments.toml`"
     runs = list(load_experiments())
     order = lambda r: runs.index(r['run']) if r['run'] in runs else len(runs)
@@ -150,7 +166,8 @@ def result_table(
     columns = ['row', 'seed', 'accuracy', 'f1', 'mean_length', 'reported']
     by_row = pd.DataFrame(rows, columns=columns).groupby('row', sort=False)
     table = by_row[['accuracy', 'f1', 'mean_length']].mean()
-    table.insert(1, 'std', by_row.accuracy.std()); table['seeds'] = by_row.seed.nunique()
+    table.insert(1, 'std', by_row.accuracy.std())
+    table['seeds'] = by_row.seed.nunique()
     if results and all(r['data']['classes'] == _intel for r in results):
         figures = reported()[['accuracy', 'f1', 'length']].add_prefix('reported_')
         table = table.join(by_row.reported.first()).join(figures, on='reported')
@@ -165,9 +182,11 @@ def table_lines(
     std = ['' if pd.isna(s) else f' ± {s:.3f}' for s in table['std']]
     t['accuracy'] = [f'{a:.3f}{s}' for a, s in zip(table.accuracy, std)]
     t.columns = [c.replace('_', ' ').replace('f1', 'F1') for c in t]
-    digits = ['.1f' if 'length' in c else '.2f' if 'reported' in c else '.3f' for c in t]
+    digits = ['.1f' if 'length' in c else '.2f' if 'reported' in c else '.3f'
+              for c in t]
     align = ['left' if c in ('row', 'reported') else 'right' for c in t]
-    return t.to_markdown(index=False, floatfmt=digits, colalign=align, missingval='').splitlines()
+    text = t.to_markdown(index=False, floatfmt=digits, colalign=align, missingval='')
+    return text.splitlines()
 
 # %% ../nbs/12_compare.ipynb #7faea757
 def row_predictions(
@@ -178,9 +197,12 @@ def row_predictions(
     found = {}
     for r in load_results(out):
         if row in (names := [x['row'] for x in r['rows']]):
-            said, i = load_predictions(result_path(out, r['run'], r['seed'])), names.index(row)
-            found[r['seed']] = {k: a if k == 'labels' else a[i] for k, a in said.items()}
-    if not found: raise ValueError(f'row: got {row!r}; accepted: a row of the results in {out}')
+            said = load_predictions(result_path(out, r['run'], r['seed']))
+            i = names.index(row)
+            found[r['seed']] = {k: a if k == 'labels' else a[i]
+                                for k, a in said.items()}
+    if not found:
+        raise ValueError(f'row: got {row!r}; accepted: a row of the results in {out}')
     return found
 
 # %% ../nbs/12_compare.ipynb #0753d710
@@ -192,10 +214,13 @@ def paired(
     "Is A better than B on the same images? Averaged over the seeds that both have"
     A, B = row_predictions(out, a), row_predictions(out, b)
     if not (seeds := sorted(set(A) & set(B))):
-        raise ValueError(f'rows: got seeds {list(A)} and {list(B)}; accepted: a seed in common')
+        raise ValueError(f'rows: got seeds {list(A)} and {list(B)}; '
+                         'accepted: a seed in common')
     if any(not np.array_equal(A[s]['labels'], B[s]['labels']) for s in seeds):
-        raise ValueError(f'rows: got {a!r} and {b!r} of other images; accepted: the same test images')
-    ra, rb = (np.stack([x[s]['preds'] == x[s]['labels'] for s in seeds]) for x in (A, B))
+        raise ValueError(f'rows: got {a!r} and {b!r} of other images; '
+                         'accepted: the same test images')
+    right = lambda x: np.stack([x[s]['preds'] == x[s]['labels'] for s in seeds])
+    ra, rb = right(A), right(B)
     gain = ra.mean(0) - rb.mean(0); low = high = gain[0]
     if gain.std():
         how = dict(n_resamples=2000, batch=100, method='percentile', rng=0)
@@ -209,15 +234,17 @@ def paired_lines(tests:list[dict])->list[str]:
     "Tests of `paired` as a Markdown table"
     d = lambda v: f'{v:+.3f}'.replace('-', '\u2212')  # a hyphen may end a line
     p = lambda v: f'{v:.2f}' if v >= .01 else f'{v:.0e}'
-    rows = [[t['a'], t['b'], d(t['difference']), f'{d(t["low"])}\u00a0to\u00a0{d(t["high"])}',
+    rows = [[t['a'], t['b'], d(t['difference']),
+             f'{d(t["low"])}\u00a0to\u00a0{d(t["high"])}',
              ', '.join(map(d, t['by_seed'])), p(t['p'])] for t in tests]
     names = ['A', 'B', 'A - B', '95% interval', 'of each seed', 'McNemar p, first seed']
     table = pd.DataFrame(rows, columns=names)
     return table.to_markdown(index=False, disable_numparse=True).splitlines()
 
 # %% ../nbs/12_compare.ipynb #034e4a3e
-chart_style = {'figure.dpi': 160, 'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False,
-               'axes.spines.right': False, 'axes.axisbelow': True, 'grid.alpha': .3,
+chart_style = {'figure.dpi': 160, 'font.size': 9, 'axes.titlesize': 9,
+               'axes.spines.top': False, 'axes.spines.right': False,
+               'axes.axisbelow': True, 'grid.alpha': .3,
                'legend.frameon': False, 'figure.constrained_layout.use': True}
 
 @contextmanager
@@ -228,39 +255,53 @@ def _styled():
     plt.rcParams['interactive'] = on
 
 # %% ../nbs/12_compare.ipynb #570a19d9
-_looks = {  # title -> colour, marker, line
-    'ViT': ('black', 's', 'none'), 'ViT, convolutional stem': ('#777777', 'D', 'none'),
-    'SVD': ('#E69F00', 'o', 'none'), 'FFT': ('#0072B2', '^', '-'), 'mSVD': ('#D55E00', '.', '-'),
+_looks = {  # title -> colour, marker, line; without a marker: a level at every length
+    'ViT': ('black', 's', 'none'),
+    'ViT, convolutional stem': ('#777777', 'D', 'none'),
+    'SVD': ('#E69F00', 'o', 'none'),
+    'FFT': ('#0072B2', '^', '-'),
+    'mSVD': ('#D55E00', '.', '-'),
     'mSVD, random budgets in training': ('#CC79A7', 'v', '-'),
     'mSVD, trained to be short': ('#009E73', '.', '-'),
     'mSVD, trained to be short, layer before the rest token': ('#56B4E9', '+', ':'),
     'ViT, convolutional stem, trained to be short': ('#777777', '.', '-'),
-    'mSVD, averaged over a grid': ('#009E73', 'x', ':'), 'CNN stem, trained to be short': ('#0072B2', '.', '-'),
-    'CNN stem, averaged over a grid': ('#0072B2', 'x', ':'), 'Plain CNN': ('black', None, '--'),
-    "mSVD's stems, no Transformer": ('#009E73', None, '--')}  # without a marker: a level, whatever the length
+    'mSVD, averaged over a grid': ('#009E73', 'x', ':'),
+    'CNN stem, trained to be short': ('#0072B2', '.', '-'),
+    'CNN stem, averaged over a grid': ('#0072B2', 'x', ':'),
+    'Plain CNN': ('black', None, '--'),
+    "mSVD's stems, no Transformer": ('#009E73', None, '--')}
 
+# %% ../nbs/12_compare.ipynb #10411fd4
 @_styled()
 def plot_tokens(
     table:pd.DataFrame,  # result_table
     title:str='ours'  # of our panel
 )->plt.Figure:
-    "Accuracy against mean length: ours and, where the table has them, the reported figures"
-    was = {'reported (256 pixels)': reported().rename(columns={'length': 'mean_length'})}
-    panels = (was if 'reported' in table else {}) | {title: table}
-    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 2.9*len(panels), 4), sharey=True)
+    "Accuracy against mean length: ours, and the reported figures if the table has them"
+    was = reported().rename(columns={'length': 'mean_length'})
+    panels = {'reported (256 pixels)': was} if 'reported' in table else {}
+    panels[title] = table
+    size = 1 + 2.9*len(panels), 4
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
     for ax, (name, t) in zip(axes := np.atleast_1d(axes), panels.items()):
         for label, (colour, marker, line) in _looks.items():
-            budget = r', \d+% of' if label == 'SVD' else r'(, (all|\d+ of \d+) tokens)?$'
-            part = t[t.row.str.match(re.escape(label) + budget)].sort_values('mean_length')
-            look = dict(color=colour, marker=marker, ls=line, label=label)
+            budget = r'(, (all|\d+ of \d+) tokens)?$'
+            if label == 'SVD': budget = r', \d+% of'
+            part = t[t.row.str.match(re.escape(label) + budget)]
+            part, look = part.sort_values('mean_length'), dict(color=colour, ls=line)
             if not len(part): continue
-            if marker: ax.plot(part.mean_length, part.accuracy, **look)
-            else: ax.axhline(part.accuracy.iloc[0], color=colour, ls=line, lw=1, label=label)
-        ax.set(xscale='log', xlim=(1.7, 320), title=name, xlabel='mean tokens, with class token')
-        ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks); ax.minorticks_off(); ax.grid()
+            if marker:
+                ax.plot(part.mean_length, part.accuracy, marker=marker, label=label,
+                        **look)
+            else: ax.axhline(part.accuracy.iloc[0], lw=1, label=label, **look)
+        ax.set(xscale='log', xlim=(1.7, 320), title=name,
+               xlabel='mean tokens, with class token')
+        ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks)
+        ax.minorticks_off(); ax.grid()
     axes[0].set_ylabel('accuracy')
     handles = {h.get_label(): h for ax in axes for h in ax.get_lines()}
-    fig.legend(handles=list(handles.values()), loc='outside lower center', ncols=len(panels))
+    fig.legend(handles=[*handles.values()], loc='outside lower center',
+               ncols=len(panels))
     return fig
 
 # %% ../nbs/12_compare.ipynb #7753c79b
@@ -275,7 +316,8 @@ def plot_lengths(
     fig, axes = plt.subplots(1, len(rows), figsize=size, sharey=True, squeeze=False)
     width = -(-longest//33)  # whole numbers of tokens, or bins would hold unlike many
     for ax, row in zip(axes[0], rows):
-        p = next(iter(row_predictions(out, row).values())); right = p['preds'] == p['labels']
+        p = next(iter(row_predictions(out, row).values()))
+        right = p['preds'] == p['labels']
         bins = np.arange(.5, longest + width + .5, width)
         ax.hist([p['lengths'][right], p['lengths'][~right]], bins, stacked=True,
                 color=['#0072B2', '#E69F00'], label=['right', 'wrong'])
@@ -298,8 +340,9 @@ def plot_confusion(
         p = next(iter(row_predictions(out, row).values()))
         percent = 100*confusion_matrix(p['labels'], p['preds'], normalize='true')
         ConfusionMatrixDisplay(percent, display_labels=classes).plot(
-            values_format='.0f', cmap='Blues', colorbar=False, ax=ax, xticks_rotation='vertical',
-            text_kw=dict(fontsize=8), im_kw=dict(vmin=0, vmax=100))
+            values_format='.0f', cmap='Blues', colorbar=False, ax=ax,
+            xticks_rotation='vertical', text_kw=dict(fontsize=8),
+            im_kw=dict(vmin=0, vmax=100))
         ax.set(xlabel='', ylabel=''); ax.set_title(textwrap.fill(row, 24))
     fig.supxlabel('predicted class', fontsize=9); axes[0, 0].set_ylabel('true class')
     return fig
@@ -315,7 +358,9 @@ def write_summary(
     fig = plot_tokens(table, f'ours ({size} pixels)')
     lines = '\n'.join(table_lines(table)) + '\n'
     with replaced(out/'table.md') as new: new.write_text(lines, 'utf-8')
-    with replaced(out/'table.csv') as new: table.to_csv(new, index=False, float_format='%.6g')
-    with replaced(out/'tokens_vs_accuracy.png') as new: fig.savefig(new, format='png', dpi=160)
+    with replaced(out/'table.csv') as new:
+        table.to_csv(new, index=False, float_format='%.6g')
+    with replaced(out/'tokens_vs_accuracy.png') as new:
+        fig.savefig(new, format='png', dpi=160)
     plt.close(fig)
     return table

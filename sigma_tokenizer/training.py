@@ -177,7 +177,7 @@ class SmoothLoss(AvgSmoothLoss):
 
 # %% ../nbs/11_training.ipynb #9d041af8
 class AdamW(OptimWrapper):
-    "torch's AdamW for fastai, fused on a GPU; the model's `spared_decay` is not decayed"
+    "torch's AdamW for fastai, fused on a GPU; no decay of the model's `spared_decay`"
     def __init__(self, params, model=None, **kwargs):
         groups = params if isinstance(params[0], (list, L)) else [params]
         spared = {id(p) for p in (spared_decay(model) if model else ())}
