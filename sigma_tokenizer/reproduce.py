@@ -13,7 +13,8 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files
-from multiprocessing import active_children, connection, current_process, get_context, parent_process
+from multiprocessing import (active_children, connection, current_process, get_context,
+                             parent_process)
 from pathlib import Path
 from threading import Thread
 from typing import Annotated, Literal
@@ -31,74 +32,99 @@ from .tokens import check_int, check_number
 from .stem import ConvStem
 from .models import create_model, list_models
 from .data import ImageData, Split, hold_out, image_loaders, load_data
-from .training import (BFloat16, BudgetSchedule, RandomBudget, SelfDistillation, SparsityLoss, calibrate,
+from .training import (BFloat16, BudgetSchedule, RandomBudget,
+                                      SelfDistillation, SparsityLoss, calibrate,
                                       create_learner, evaluate, gini_index, train)
-from .compare import (load_experiments, load_result, load_results, metrics, result_path, result_table, run_rows,
+from .compare import (load_experiments, load_result, load_results,
+                                     metrics, result_path, result_table, run_rows,
                                      save_result, table_lines, write_summary)
 
 # %% ../nbs/13_reproduce.ipynb #487ef399
 _presets = files('sigma_tokenizer')/'presets'
 _strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
-_Positive, _Seed, _Run = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**32)], Literal[tuple(load_experiments())]
-_training = dict(epochs=_Positive, batch_size=_Positive, lr=Annotated[float, Field(gt=0)], wd=Annotated[float, Field(ge=0)],
-                 schedule=Literal['one_cycle', 'constant'], precision=Literal['float32', 'bfloat16'], compile=bool,
+_Positive, _Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**32)]
+_Run = Literal[tuple(load_experiments())]
+_training = dict(epochs=_Positive, batch_size=_Positive,
+                 lr=Annotated[float, Field(gt=0)], wd=Annotated[float, Field(ge=0)],
+                 schedule=Literal['one_cycle', 'constant'],
+                 precision=Literal['float32', 'bfloat16'], compile=bool,
                  augment=NotRequired[Literal['crop', 'resized_crop']])
 _Own = TypedDict('_Own', _training, total=False)  # of one method alone
 _Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
 _Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
-Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed], repeat=_Repeat, train=_Train,
+Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed],
+                                  repeat=_Repeat, train=_Train,
                                   model=dict[str, int|float|dict[str, int|float]]))
 for t in (_Own, _Train, _Repeat, Preset): t.__pydantic_config__ = _strict
 
+# %% ../nbs/13_reproduce.ipynb #5ac00877
 def list_presets()->list[str]:
     "The presets that `sigma_reproduce` takes"
-    return sorted(p.name.removesuffix('.toml') for p in _presets.iterdir() if p.name.endswith('.toml'))
+    names = [p.name for p in _presets.iterdir() if p.name.endswith('.toml')]
+    return sorted(n.removesuffix('.toml') for n in names)
 
 def load_preset(
     name:str  # one of list_presets(), or the path of a TOML file like theirs
 )->Preset:  # data, runs, seeds, repeat, model, train
     "A preset's settings"
     file = _presets/f'{name}.toml' if name in list_presets() else Path(name)
-    if not file.is_file(): raise ValueError(f'preset: got {name!r}; accepted: {", ".join(list_presets())}, or a file')
-    try: return TypeAdapter(Preset).validate_python(tomllib.loads(file.read_text(encoding='utf-8')))
-    except (ValidationError, tomllib.TOMLDecodeError) as e: raise ValueError(f'{file}: {e}') from None
+    if not file.is_file():
+        raise ValueError(f'preset: got {name!r}; '
+                         f'accepted: {", ".join(list_presets())}, or a file')
+    text = file.read_text(encoding='utf-8')
+    try: return TypeAdapter(Preset).validate_python(tomllib.loads(text))
+    except (ValidationError, tomllib.TOMLDecodeError) as e:
+        raise ValueError(f'{file}: {e}') from None
 
 # %% ../nbs/13_reproduce.ipynb #856a7583
 def run_config(
     preset:Preset,
     run:str,  # a run of experiments.toml
     epochs:int=None  # instead of the preset's
-)->dict:  # model (arguments of create_model), train, sparsity, sparsity_kind, budgets, distil, normalize
+)->dict:  # model, train, sparsity, sparsity_kind, budgets, distil, normalize
     "All settings of one run but its seed and data"
     experiment = load_experiments()[run]
-    model = {k: v for k, v in preset['model'].items() if not isinstance(v, dict)} | experiment.get('args', {})
-    if 'filter_size' in model: model['filter_size'] = model['filter_size']*model['image_size']//256
+    common = lambda part: {k: v for k, v in part.items() if not isinstance(v, dict)}
+    model = common(preset['model']) | experiment.get('args', {})
+    if 'filter_size' in model:
+        model['filter_size'] = model['filter_size']*model['image_size']//256
     model |= preset['model'].get(run, {})
-    train = {k: v for k, v in preset['train'].items() if not isinstance(v, dict)} | preset['train'].get(experiment['model'], {})
+    train = common(preset['train']) | preset['train'].get(experiment['model'], {})
     if epochs is not None: train |= {'epochs': epochs}
     check_int('epochs', train['epochs'])
-    defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None, normalize=True)
+    defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None,
+                    normalize=True)
     return dict(model=dict(name=experiment['model'], **model), train=train,
                 **{k: experiment.get(k, v) for k, v in defaults.items()})
 
+# %% ../nbs/13_reproduce.ipynb #371e1a0b
 def plan(
     preset:Preset,
-    methods:list[str]=None,  # runs, or models for all of their runs in the preset; None for all
+    methods:list[str]=None,  # runs, or models for all their runs; None for all
     seeds:list[int]=None  # instead of the preset's seeds and repeats
 )->list[tuple[str, int]]:  # run, seed
     "What is to be run, in order"
     experiments = load_experiments()
     if unknown := set(methods or []) - set(experiments) - set(list_models()):
-        raise ValueError(f'methods: got {", ".join(sorted(unknown))}; accepted: {", ".join([*list_models(), *experiments])}')
+        raise ValueError(f'methods: got {", ".join(sorted(unknown))}; '
+                         f'accepted: {", ".join([*list_models(), *experiments])}')
     for seed in seeds or []:
-        check_int('seeds', seed, 0); check_number('seeds', seed, f'below {2**32}', lambda s: s < 2**32)
-    runs = preset['runs'] if methods is None else [r for m in methods for r in
-        ([m] if m in experiments else [r for r in preset['runs'] if experiments[r]['model'] == m])]
+        check_int('seeds', seed, 0)
+        check_number('seeds', seed, f'below {2**32}', lambda s: s < 2**32)
+    def runs_of(m):
+        if m in experiments: return [m]
+        return [r for r in preset['runs'] if experiments[r]['model'] == m]
+    runs = preset['runs']
+    if methods is not None: runs = [r for m in methods for r in runs_of(m)]
     runs = list(dict.fromkeys(runs))
-    todo = [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds) for run in runs]
+    every = preset['seeds'] if seeds is None else seeds
+    todo = [(run, seed) for seed in every for run in runs]
     if seeds is None:
-        todo += [(run, seed) for seed in preset['repeat']['seeds'] for run in preset['repeat']['runs'] if run in runs]
-    if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; accepted: at least one of each')
+        repeat = preset['repeat']
+        todo += [(run, seed) for seed in repeat['seeds'] for run in repeat['runs']
+                 if run in runs]
+    if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; '
+                                  'accepted: at least one of each')
     return todo
 
 # %% ../nbs/13_reproduce.ipynb #0424f7ef
@@ -107,27 +133,35 @@ def provenance(
 )->dict:  # commit, versions, device
     "What made the numbers"
     here = Path(str(files('sigma_tokenizer'))).parent
-    url = json.loads(metadata.distribution('sigma_tokenizer').read_text('direct_url.json') or '{}').get('url', '')
+    source = metadata.distribution('sigma_tokenizer').read_text('direct_url.json')
+    url = json.loads(source or '{}').get('url', '')
     where = here if (here/'.git').exists() else Path(url2pathname(urlparse(url).path))
-    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-    there = shutil.which('git') and (where/'.git').exists()
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if there else ''
-    packages = ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn', 'numpy', 'pillow')
+    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40',
+                '--exclude=*']
+    commit = ''
+    if shutil.which('git') and (where/'.git').exists():
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    packages = ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn',
+                'numpy', 'pillow')
     versions = {p: metadata.version(p) for p in packages}
-    on_gpu = torch.device(device).type == 'cuda'
-    name = torch.cuda.get_device_name(device) if on_gpu else f'{device}, {torch.get_num_threads()} threads'
-    return dict(commit=commit or None, versions=dict(python=sys.version.split()[0], **versions), device=name)
+    if torch.device(device).type == 'cuda': name = torch.cuda.get_device_name(device)
+    else: name = f'{device}, {torch.get_num_threads()} threads'
+    versions = dict(python=sys.version.split()[0], **versions)
+    return dict(commit=commit or None, versions=versions, device=name)
 
 def _code_digest():
     "Of the package's files: a run goes on only with the code that it began with"
     here = Path(str(files('sigma_tokenizer')))
-    return hashlib.sha256(b''.join(p.read_bytes() for p in sorted([*here.rglob('*.py'), *here.rglob('*.toml')]))).hexdigest()[:16]
+    source = sorted([*here.rglob('*.py'), *here.rglob('*.toml')])
+    return hashlib.sha256(b''.join(p.read_bytes() for p in source)).hexdigest()[:16]
 
 def _describe(data):
     "What a result file says of its data"
-    return dict(name=data.name, evaluated=data.evaluated, classes=data.classes, train=len(data.train), test=len(data.test),
-                fingerprint=data.fingerprint, left_out=len(data.left_out), unreadable=[list(u) for u in data.left_out[:20]],
-                **(dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}))
+    both = dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}
+    return dict(name=data.name, evaluated=data.evaluated, classes=data.classes,
+                train=len(data.train), test=len(data.test),
+                fingerprint=data.fingerprint, left_out=len(data.left_out),
+                unreadable=[list(u) for u in data.left_out[:20]], **both)
 
 # %% ../nbs/13_reproduce.ipynb #b2cf22f7
 def score_summary(
@@ -136,15 +170,21 @@ def score_summary(
     "How large and how unequal a trained model's scores are"
     s = torch.from_numpy(scores)
     histogram = np.histogram(scores, 20, (0, 1))[0]/scores.size
-    return dict(mean=round(s.mean().item(), 6), gini=round(gini_index(s, torch.ones_like(s).bool()).mean().item(), 6),
+    gini = gini_index(s, torch.ones_like(s).bool()).mean().item()
+    return dict(mean=round(s.mean().item(), 6), gini=round(gini, 6),
                 histogram=[round(float(v), 4) for v in histogram])
 
 def _callbacks(config):
     "What a run adds to the plain learner"
-    short = config['budgets'] is not None and BudgetSchedule(**config['budgets'])
-    return [*([SparsityLoss(config['sparsity'], config['sparsity_kind'])] if config['sparsity'] else []),
-            *([RandomBudget(short) if config['distil'] is None else SelfDistillation(short, config['distil'])] if short else []),
-            *([BFloat16()] if config['train']['precision'] == 'bfloat16' else [])]
+    cbs, distil = [], config['distil']
+    if config['sparsity']:
+        cbs.append(SparsityLoss(config['sparsity'], config['sparsity_kind']))
+    if config['budgets'] is not None:
+        short = BudgetSchedule(**config['budgets'])
+        if distil is None: cbs.append(RandomBudget(short))
+        else: cbs.append(SelfDistillation(short, distil))
+    if config['train']['precision'] == 'bfloat16': cbs.append(BFloat16())
+    return cbs
 
 def _rows(run, config):
     "Names, budgets and reported names of a run's rows"
@@ -160,53 +200,72 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # in seconds, as time.time() tells it: no epoch is begun that would end later
+    deadline:float=math.inf,  # of time.time(): no epoch begins that would end later
     folder:Path=None  # where to keep the trained model
-)->tuple[dict, dict]|None:  # result and predictions as save_result takes them; None if the deadline came first
+)->tuple[dict, dict]|None:  # result and predictions for save_result; None: out of time
     "Train one model and evaluate it for all its rows"
-    source, t = provenance(device), config['train']  # before training: the files may change while it lasts
-    made_of = json.dumps([run, config, seed, _describe(data), _code_digest(), source['versions'], source['device']])
-    def loaders(): return image_loaders(data, t['batch_size'], config['normalize'], device, t.get('augment', 'crop'))
+    # before training: the files may change while it lasts
+    source, t = provenance(device), config['train']
+    made_of = json.dumps([run, config, seed, _describe(data), _code_digest(),
+                          source['versions'], source['device']])
+    def loaders():
+        return image_loaders(data, t['batch_size'], config['normalize'], device,
+                             t.get('augment', 'crop'))
     set_seed(seed, reproducible=True)
     dls = loaders()
     own = dict(num_classes=dls.c, classes=data.classes, normalize=config['normalize'])
     model = create_model(**config['model'] | own).to(device)
     if t['compile']:
         torch.compiler.reset()
-        model.encode = torch.compile(model.encode)  # all blocks in one program: less work for the host at each step
+        # all blocks in one program: less work for the host at each step
+        model.encode = torch.compile(model.encode)
         for part in model.modules():
             if isinstance(part, ConvStem): part.compile()
-    learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)  # as every run of the tables
+    # every run of the tables decays all parameters
+    learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)
     names, keeps, reported = zip(*_rows(run, config))
-    after = len(keeps)*len(data.test)/len(data.train)/3  # a forward pass is a third of a step; short ones take less
-    epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint, made_of=made_of, deadline=deadline, after=after)
-    if len(epochs) < t['epochs'] or time.time() + after*epochs[-1]['seconds'] > deadline: return None
+    # a forward pass is a third of a step; short ones take less
+    after = len(keeps)*len(data.test)/len(data.train)/3
+    epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint,
+                   made_of=made_of, deadline=deadline, after=after)
+    if len(epochs) < t['epochs']: return None
+    if time.time() + after*epochs[-1]['seconds'] > deadline: return None
     if folder:
-        part = folder.with_name(f'.{folder.name}.part'); shutil.rmtree(folder, ignore_errors=True)
+        part = folder.with_name(f'.{folder.name}.part')
+        shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(part); part.rename(folder)
     trained = time.perf_counter()
-    precision = t['precision'] if torch.device(device).type == 'cuda' else 'float32'  # a CPU gains little
-    def calibrated(length):  # on the same windows, whatever training drew and wherever it was resumed
-        set_seed(seed, reproducible=True); return calibrate(model, loaders(), length, precision)
+    on_gpu = torch.device(device).type == 'cuda'
+    precision = t['precision'] if on_gpu else 'float32'  # a CPU gains little
+    def calibrated(length):  # on the same windows, wherever training was resumed
+        set_seed(seed, reproducible=True)
+        return calibrate(model, loaders(), length, precision)
     with torch.compiler.set_stance('force_eager'):  # each budget would be a new program
         budgets = [calibrated(k) if isinstance(k, float) else k for k in keeps]
         said, scores = evaluate(model, dls.valid, budgets, precision)
-    rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(said['labels'], p, l))
+    labels = said['labels']
+    rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(labels, p, l))
             for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]
-    seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained  # of all calls that it took
-    return (dict(run=run, seed=seed, config=config, data=_describe(data), **source, seconds=round(seconds, 1), epochs=epochs,
-                 scores=None if scores is None else score_summary(scores), rows=rows), said)
+    # of all calls that it took
+    seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained
+    return (dict(run=run, seed=seed, config=config, data=_describe(data), **source,
+                 seconds=round(seconds, 1), epochs=epochs,
+                 scores=None if scores is None else score_summary(scores),
+                 rows=rows), said)
 
 # %% ../nbs/13_reproduce.ipynb #ae07f056
-def _run_job(run, seed, config, data, holdout, device, out, deadline=math.inf, check=False, fingerprint=None, weights=False):
-    "Load the data, make one run, and leave its result in `out`; is it done before the deadline?"
+def _run_job(run, seed, config, data, holdout, device, out, deadline=math.inf,
+             check=False, fingerprint=None, weights=False):
+    "Load the data, make one run, leave its result in `out`; done before the deadline?"
     if not check and time.time() > deadline: return False
     dataset = load_data(data, config['model']['image_size'])
-    if fingerprint not in (None, dataset.fingerprint): raise ValueError(f'data: {data} has changed since the command began')
+    if fingerprint not in (None, dataset.fingerprint):
+        raise ValueError(f'data: {data} has changed since the command began')
     if holdout is not None: dataset = hold_out(dataset, holdout)
     if check: return _check_run(run, config, seed, dataset, device)
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
-    done = run_once(run, config, seed, dataset, device, checkpoint, deadline, path.with_suffix('') if weights else None)
+    folder = path.with_suffix('') if weights else None
+    done = run_once(run, config, seed, dataset, device, checkpoint, deadline, folder)
     if done is None: return False
     save_result(out, *done); checkpoint.unlink()
     return True
@@ -214,9 +273,12 @@ def _run_job(run, seed, config, data, holdout, device, out, deadline=math.inf, c
 def _check_run(run, config, seed, data, device):
     "Train two steps of two images, evaluate two, and forget them"
     few = lambda split, n: Split(split.images[:n], split.labels[:n])
-    start, config = time.perf_counter(), config | {'train': config['train'] | dict(epochs=1, batch_size=2)}
-    result, _ = run_once(run, config, seed, replace(data, train=few(data.train, 4), test=few(data.test, 2)), device)
-    print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, {len(result["rows"])} rows, {time.perf_counter() - start:.0f} s')
+    start = time.perf_counter()
+    config = config | {'train': config['train'] | dict(epochs=1, batch_size=2)}
+    data = replace(data, train=few(data.train, 4), test=few(data.test, 2))
+    result, _ = run_once(run, config, seed, data, device)
+    print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, '
+          f'{len(result["rows"])} rows, {time.perf_counter() - start:.0f} s')
     return True
 
 # %% ../nbs/13_reproduce.ipynb #c9cc0fc8
@@ -228,23 +290,31 @@ def _begin_worker(threads):
 
 def _logged(job):
     "`_run_job`, with what it prints in a log beside its result"
-    with open(result_path(job['out'], job['run'], job['seed']).with_suffix('.log'), 'a') as f, redirect_stdout(f), redirect_stderr(f):
+    log = result_path(job['out'], job['run'], job['seed']).with_suffix('.log')
+    with open(log, 'a') as f, redirect_stdout(f), redirect_stderr(f):
         try: return _run_job(**job)
-        except Exception as e: traceback.print_exc(); raise RuntimeError(f'{e}; its log is {f.name}') from None
+        except Exception as e:
+            traceback.print_exc()
+            raise RuntimeError(f'{e}; its log is {f.name}') from None
 
+# %% ../nbs/13_reproduce.ipynb #c811ac19
 def _run_jobs(todo, jobs=1):
-    "Do all jobs, yield (job, is it done?) as each ends; one that fails is raised at the end, and stops no other"
+    "Do all jobs, yield (job, is it done?) as each ends; failures are raised at the end"
     failed = []
-    def fails(job, e): failed.append(f'{job["run"]}, seed {job["seed"]} failed: {e}'); print(failed[-1], flush=True)
+    def fails(job, e):
+        failed.append(f'{job["run"]}, seed {job["seed"]} failed: {e}')
+        print(failed[-1], flush=True)
     if jobs == 1:
         for i, job in enumerate(todo, 1):
             print(f'\n[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}', flush=True)
             try: done = _run_job(**job)
-            except (ValueError, ArithmeticError, RuntimeError, OSError) as e: fails(job, e)
+            except (ValueError, ArithmeticError, RuntimeError, OSError) as e:
+                fails(job, e)
             else: yield job, done
     else:
         threads = max(1, (os.cpu_count() or 1)//jobs)
-        pool = ProcessPoolExecutor(jobs, get_context('spawn'), _begin_worker, (threads,))
+        spawn = get_context('spawn')
+        pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (threads,))
         try:
             waiting = {pool.submit(_logged, job): job for job in todo}
             for future in as_completed(waiting):
@@ -260,7 +330,7 @@ def _run_jobs(todo, jobs=1):
 def reproduce(
     preset:str='quick',  # one of list_presets(), or the path of a TOML file like theirs
     data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
-    methods:list[str]=None,  # runs, or models for all of their runs in the preset; None for all
+    methods:list[str]=None,  # runs, or models for all their runs; None for all
     seeds:list[int]=None,  # the preset's if None
     epochs:int=None,  # the preset's if None
     holdout:float=None,  # evaluate on this share of the training images: for choices
@@ -272,66 +342,89 @@ def reproduce(
     weights:bool=False  # keep each trained model too
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
-    start, settings, out = time.time(), load_preset(preset), Path(out or f'runs/{Path(preset).stem}')
+    start, settings = time.time(), load_preset(preset)
+    out = Path(out or f'runs/{Path(preset).stem}')
     todo = plan(settings, methods, seeds)
     configs = {run: run_config(settings, run, epochs) for run, _ in todo}
     check_int('jobs', jobs)
-    device, data = device or ('cuda' if torch.cuda.is_available() else 'cpu'), data or settings['data']
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    data = data or settings['data']
     torch.ones(1, device=device)  # is it there?
-    with torch.device('meta'):  # what cannot be made is to be known before the first training
+    with torch.device('meta'):  # a model that cannot be made fails before all training
         for config in configs.values(): create_model(**config['model'])
     dataset = load_data(data, settings['model']['image_size'])
     if holdout is not None: dataset = hold_out(dataset, holdout)
-    print(f'{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} of the {dataset.evaluated} split, '
-          f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out, {len(dataset.in_both)} images in both splits')
+    print(f'{dataset.name}: {len(dataset.train)} training images, '
+          f'{len(dataset.test)} of the {dataset.evaluated} split, '
+          f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out, '
+          f'{len(dataset.in_both)} images in both splits')
     if torch.device(device).type == 'cuda':
         size = sum(s.images.nbytes for s in (dataset.train, dataset.test))
-        print(f'{jobs} copies of the images on the GPU, one for each job: {jobs*size/2**30:.1f} GiB')
+        print(f'{jobs} copies of the images on the GPU, one for each job: '
+              f'{jobs*size/2**30:.1f} GiB')
     out.mkdir(parents=True, exist_ok=True)
-    common = dict(data=data, fingerprint=None if check else dataset.fingerprint, holdout=holdout, device=device, out=str(out),
-                  check=check, weights=weights, deadline=math.inf if minutes is None else start + 60*minutes)
+    common = dict(data=data, fingerprint=None if check else dataset.fingerprint,
+                  holdout=holdout, device=device, out=str(out), check=check,
+                  weights=weights,
+                  deadline=math.inf if minutes is None else start + 60*minutes)
     try:
         with nullcontext() if check else FileLock(out/'.lock', timeout=0):
             return _all_runs(todo, configs, dataset, out, jobs, common)
-    except Timeout: raise RuntimeError(f'out: {out} is in use by another process; wait for it, or name another') from None
+    except Timeout:
+        raise RuntimeError(f'out: {out} is in use by another process; '
+                           'wait for it, or name another') from None
 
 # %% ../nbs/13_reproduce.ipynb #0fb5a72a
 def _all_runs(todo, configs, dataset, out, jobs, common):
     "Do what has no result yet, in a folder that is ours"
     check, start = common['check'], time.time()
-    for there in load_results(out): _check_same(there, configs.get(there['run']), dataset, out)
+    for there in load_results(out):
+        _check_same(there, configs.get(there['run']), dataset, out)
     if check: missing = [(run, todo[0][1]) for run in configs]
     else:
-        for part in out.glob('.*.part'): shutil.rmtree(part) if part.is_dir() else part.unlink()  # of a killed process
+        for part in out.glob('.*.part'):  # of a killed process
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         missing = [job for job in todo if not _is_done(out, job, common['weights'])]
-        for job in set(todo) - set(missing): result_path(out, *job).with_suffix('.ckpt').unlink(missing_ok=True)
-    print(f'{len(todo)} runs, {len(missing)} to do, on {common["device"]}; results in {out}', flush=True)
-    for job, done in _run_jobs([dict(run=run, seed=seed, config=configs[run], **common) for run, seed in missing], jobs):
+        for job in set(todo) - set(missing):
+            result_path(out, *job).with_suffix('.ckpt').unlink(missing_ok=True)
+    print(f'{len(todo)} runs, {len(missing)} to do, on {common["device"]}; '
+          f'results in {out}', flush=True)
+    work = [dict(run=run, seed=seed, config=configs[run], **common)
+            for run, seed in missing]
+    for job, done in _run_jobs(work, jobs):
         if check or not done: continue
-        print('\n'.join(['', *table_lines(result_table([load_result(result_path(out, job['run'], job['seed']))]))]), flush=True)
+        result = load_result(result_path(out, job['run'], job['seed']))
+        print('\n'.join(['', *table_lines(result_table([result]))]), flush=True)
         write_summary(out)
     minutes = (time.time() - start)/60
-    if check: print(f'\nall runs work here; {minutes:.1f} minutes'); return result_table(load_results(out))
+    if check:
+        print(f'\nall runs work here; {minutes:.1f} minutes')
+        return result_table(load_results(out))
     left = [job for job in todo if not _is_done(out, job, common['weights'])]
     table = write_summary(out) if load_results(out) else result_table([])
     print('\n'.join(['', *table_lines(table)]))
-    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; table.md, table.csv and a chart are in {out}')
-    if left: print('still to do: ' + ', '.join(f'{run} (seed {seed})' for run, seed in left))
+    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; '
+          f'table.md, table.csv and a chart are in {out}')
+    if left:
+        print('still to do: ' + ', '.join(f'{run} (seed {seed})' for run, seed in left))
     return table
 
+# %% ../nbs/13_reproduce.ipynb #ff86aea7
 def _is_done(out, job, weights):
     path = result_path(out, *job)
     return path.exists() and (not weights or path.with_suffix('').is_dir())
 
 def _check_same(result, config, data, out):
-    "Refuse a result of other data or, where its run is asked for (`config`), of other settings or rows"
+    "Refuse a result of other data or, if its run is asked for, other settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
     now, was = ({k: d.get(k) for k in keys} for d in (_describe(data), result['data']))
     if config:
         now |= config | {'rows': [row for row, *_ in _rows(result['run'], config)]}
         was |= result['config'] | {'rows': [row['row'] for row in result['rows']]}
-    if differ := [f'{k}: {was.get(k)} there, {now[k]} asked' for k in now if was.get(k) != now[k]]:
-        raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run with other settings '
+    if differ := [f'{k}: {was.get(k)} there, {now[k]} asked'
+                  for k in now if was.get(k) != now[k]]:
+        path = result_path(out, result['run'], result['seed'])
+        raise ValueError(f'{path} holds a run with other settings '
                          f'({"; ".join(differ)}); name another --out, or delete it')
 
 # %% ../nbs/13_reproduce.ipynb #13e4870d
@@ -351,9 +444,16 @@ def sigma_reproduce(
     weights:store_true=False  # keep each trained model beside its result
 ):
     "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
-    if getattr(current_process(), '_inheriting', False): return  # a worker reads the script that called us once more
-    def items(s): return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
+    # a worker reads the script that called us once more
+    if getattr(current_process(), '_inheriting', False): return
+    def items(s):
+        return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
     seeds = seeds and [int(s) if s.isdecimal() else s for s in items(seeds)]
-    try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out, jobs, minutes, check, weights)
-    except (ValueError, OSError, RuntimeError, AssertionError) as e: sys.exit(f'sigma_reproduce: {e}')  # torch asserts CUDA
-    except KeyboardInterrupt: sys.exit('sigma_reproduce: interrupted; the same command goes on from the last epoch')
+    try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out,
+                   jobs, minutes, check, weights)
+    # torch asserts that there is CUDA
+    except (ValueError, OSError, RuntimeError, AssertionError) as e:
+        sys.exit(f'sigma_reproduce: {e}')
+    except KeyboardInterrupt:
+        sys.exit('sigma_reproduce: interrupted; '
+                 'the same command goes on from the last epoch')
