@@ -29,11 +29,16 @@ from .training import autocast
 from .reproduce import load_preset, provenance
 
 # %% ../nbs/15_bench.ipynb #4dc3fce4
-def in_turns(calls:dict, repeats:int=5)->dict[str, list[float]]:  # milliseconds of each round
+def in_turns(
+    calls:dict,  # name -> function without arguments
+    repeats:int=5  # rounds
+)->dict[str, list[float]]:  # milliseconds of each round
     "Time all functions of a dict in turn, round after round"
-    timers = {name: Timer('call()', globals={'call': call}, num_threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    timers = {name: Timer('call()', globals={'call': call}, num_threads=threads)
               for name, call in calls.items()}
-    rounds = [{name: t.timeit(1).median for name, t in timers.items()} for _ in range(repeats)]
+    rounds = [{name: t.timeit(1).median for name, t in timers.items()}
+              for _ in range(repeats)]
     return {name: [round(1e3*r[name], 4) for r in rounds] for name in calls}
 
 # %% ../nbs/15_bench.ipynb #ef610e0f
@@ -47,15 +52,19 @@ def peak_memory(call, device:str='cpu')->int:  # bytes
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         call(); return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report each start and stop
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # no report of each start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: call()
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events()
                     if e.name() == '[memory]')
     return int(np.cumsum([0] + [n for _, n in events]).max())
 
 # %% ../nbs/15_bench.ipynb #8f451713
-def bench_images(n:int, size:int, data:str=None)->Tensor:  # (n, 3, size, size) in [0, 1]
-    "Always the same photographs: of a data set's test split, or the sample photographs in turn"
+def bench_images(
+    n:int,  # images
+    size:int,  # side in pixels
+    data:str=None  # data set or folder; None: the sample photographs
+)->Tensor:  # (n, 3, size, size) in [0, 1]
+    "Always the same photographs: of a test split, or the two sample photographs in turn"
     if not data: return sample_photos(size)[torch.arange(n) % 2]
     images = load_data(data, size).test.images
     some = np.random.default_rng(0).permutation(len(images))[:n]
@@ -64,15 +73,21 @@ def bench_images(n:int, size:int, data:str=None)->Tensor:  # (n, 3, size, size) 
 _shares = [('squared', .9), ('squared', .95), ('squared', .99), ('linear', .9)]
 
 @torch.no_grad()
-def bench_models(size:dict, images:Tensor, only:str='')->dict[str, VisionTransformer]:  # by name
-    "Untrained models of `size` (for `create_model`) on the images' device; `only` these names"
+def bench_models(
+    size:dict,  # arguments of create_model
+    images:Tensor,  # (B, 3, M, M) in [0, 1], to scale the scorers
+    only:str=''  # only methods whose name begins so
+)->dict[str, VisionTransformer]:  # by name
+    "Untrained models of one size on the images' device"
     side = size['image_size']
     methods = {**{name: {} for name in ('vit', 'vit_conv', 'msvd', 'msvd_gated')},
                **{f'fft s={s}': dict(filter_size=s) for s in (side//4, side//2, side)},
                'fft p=0.95': dict(energy=.95),
                **{f'svd p={p:.2f} {c}': dict(energy=p, criterion=c) for c, p in _shares},
-               **{f'{m}_gated, rest token': dict(reduction='rest') for m in ('msvd', 'vit_conv')}}
-    models = {label: create_model(re.match(r'\w+', label)[0], **size, **kw).eval().to(images.device)
+               **{f'{m}_gated, rest token': dict(reduction='rest')
+                  for m in ('msvd', 'vit_conv')}}
+    def make(label, kw): return create_model(re.match(r'\w+', label)[0], **size, **kw)
+    models = {label: make(label, kw).eval().to(images.device)
               for label, kw in methods.items() if label.startswith(only)}
     for tokenizer in (m.tokenizer for label, m in models.items() if '_gated' in label):
         last = tokenizer.scorer[-1]
@@ -105,15 +120,19 @@ def bench_methods(
             row, n = len(rows), m.reduce(t, keep).lengths + 1
             whole = calls[row, 'whole'] = lambda m=m, x=x, k=keep: m(x, k)
             tokenizer = calls[row, 'tokenizer'] = lambda m=m, x=x: m.embed(x)
-            calls[row, 'encoder'] = lambda m=m, t=t, k=keep: m.head(m.encode(m.reduce(t, k)))
-            rows.append(dict(method=name, kept=kept, batch_size=B, tokens=round(int(n.sum())/B, 2),
+            calls[row, 'encoder'] = (
+                lambda m=m, t=t, k=keep: m.head(m.encode(m.reduce(t, k))))
+            rows.append(dict(method=name, kept=kept, batch_size=B,
+                             tokens=round(int(n.sum())/B, 2),
                              shortest=int(n.min()), longest=int(n.max()),
                              gflop=gflop(whole, B), tokenizer_gflop=gflop(tokenizer, B),
                              peak_mib=round(peak_memory(whole, x.device)/2**20, 2)))
     ms = in_turns(calls, repeats)
     for i, r in enumerate(rows):
-        r |= {f'{part}_ms': median(ms[i, part]) for part in ('tokenizer', 'encoder', 'whole')}
-        r |= dict(whole_rounds_ms=ms[i, 'whole'], images_per_s=round(1e3*B/r['whole_ms'], 2))
+        r |= {f'{part}_ms': median(ms[i, part])
+              for part in ('tokenizer', 'encoder', 'whole')}
+        r |= dict(whole_rounds_ms=ms[i, 'whole'],
+                  images_per_s=round(1e3*B/r['whole_ms'], 2))
     return rows
 
 # %% ../nbs/15_bench.ipynb #7b76f119
@@ -122,8 +141,8 @@ def merge_tokens(
     size:Tensor,  # (B, N, 1): how many tokens each one stands for
     keys:Tensor,  # (B, N, d)
     r:int  # tokens to merge away, fewer than half
-)->tuple[Tensor, Tensor]:  # x and size of N - r tokens: the even ones that stay, the odd ones
-    "Average the `r` even tokens that are most like an odd one into it; the class token stays"
+)->tuple[Tensor, Tensor]:  # x and size of N - r tokens, the remaining even ones first
+    "Average the `r` even tokens most like an odd one into it; the class token stays"
     keys = F.normalize(keys, dim=-1)
     likeness = keys[:, ::2] @ keys[:, 1::2].mT
     likeness[:, 0] = -torch.inf
@@ -133,7 +152,8 @@ def merge_tokens(
     def merge(y):
         stay, go, to = (i[..., None].expand(-1, -1, y.shape[-1]) for i in plan)
         even, odd = y[:, ::2], y[:, 1::2]
-        return torch.cat([even.gather(1, stay), odd.scatter_add(1, to, even.gather(1, go))], 1)
+        odd = odd.scatter_add(1, to, even.gather(1, go))
+        return torch.cat([even.gather(1, stay), odd], 1)
     return merge(x*size)/(merged := merge(size)), merged
 
 # %% ../nbs/15_bench.ipynb #017ad351
@@ -143,27 +163,33 @@ def tome_encoder(
     r:list[int]  # tokens to merge away in each block
 )->Tensor:  # (B, D), the class token's output
     "The encoder with token merging between attention and MLP"
-    x = torch.cat([(model.cls_token + model.pos_embed[0]).expand(len(t.x), -1, -1), t.x], 1)
+    first = (model.cls_token + model.pos_embed[0]).expand(len(t.x), -1, -1)
+    x = torch.cat([first, t.x], 1)
     size = x.new_ones(*x.shape[:2], 1)
     for b, n in zip(model.blocks, r):
         h = b.norm1(x)
         q, k, v = (y.unflatten(-1, (b.attn.num_heads, -1)).transpose(1, 2)
                    for y in (b.attn.q(h), *b.attn.kv(h).chunk(2, -1)))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().mT[:, None].to(q.dtype))
-        x, size = merge_tokens(x + b.attn.proj(h.transpose(1, 2).flatten(2)), size, k.mean(1), n)
+        weight = size.log().mT[:, None].to(q.dtype)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=weight)
+        x = x + b.attn.proj(h.transpose(1, 2).flatten(2))
+        x, size = merge_tokens(x, size, k.mean(1), n)
         x = x + b.mlp(b.norm2(x))
     return model.norm(x)[:, 0]
 
 # %% ../nbs/15_bench.ipynb #2169adcd
 @torch.no_grad()
-def bench_encoders(models:dict, images:Tensor, repeats:int=5  # as bench_methods takes them
-)->list[dict]:  # encoder, batch_size, tokens (in the last block), ms, rounds_ms, gflop (an image)
+def bench_encoders(
+    models:dict,  # bench_models
+    images:Tensor,  # (B, 3, M, M) in [0, 1], on the models' device: the batch
+    repeats:int=5  # rounds
+)->list[dict]:  # a row for each encoder; tokens are those of the last block
     "One batch of tokens through our encoder, timm's, and token merging"
     vit, gated, x = models['vit'], models['msvd_gated'], imagenet_normalize(images)
     t, g, depth = vit.embed(x), gated.embed(x), len(vit.blocks)
     n, quarter = t.x.shape[1], TopK(t.x.shape[1]//4)
-    calls = {'ours': (n, lambda: vit.encode(t)),
-             f'ours, k={quarter.k}': (quarter.k, lambda: gated.encode(gated.reduce(g, quarter)))}
+    short = lambda: gated.encode(gated.reduce(g, quarter))
+    calls = {'ours': (n, lambda: vit.encode(t)), f'ours, k={quarter.k}': (quarter.k, short)}
     if find_spec('timm'):
         from timm.models import VisionTransformer as ViT
         size = {k: vit.config[k] for k in ('patch_size', 'embed_dim', 'depth', 'num_heads')}
@@ -180,9 +206,11 @@ def bench_encoders(models:dict, images:Tensor, repeats:int=5  # as bench_methods
 
 # %% ../nbs/15_bench.ipynb #c4e3ca56
 @torch.no_grad()
-def plain_svd_tokens(tokenizer:SVDTokenizer, x:Tensor  # (B, 3, M, M) normalised images
-)->tuple[Tensor, list[int]]:  # (B, N, D) tokens, zeros behind an image's own; the ranks
-    "The tokens of a tokenizer by a loop over images; a triplet's vectors may have another sign"
+def plain_svd_tokens(
+    tokenizer:SVDTokenizer,
+    x:Tensor  # (B, 3, M, M) normalised images
+)->tuple[Tensor, list[int]]:  # (B, N, D) tokens, padded with zeros; the ranks
+    "A tokenizer's tokens by a loop over images; a triplet's vectors may differ in sign"
     sequences = []
     for image in x:
         U, S, Vh = torch.linalg.svd(image)
@@ -190,10 +218,14 @@ def plain_svd_tokens(tokenizer:SVDTokenizer, x:Tensor  # (B, 3, M, M) normalised
         k = int((held < tokenizer.energy*held[-1]).sum()) + 1
         pairs = torch.cat([U[..., :k], Vh.mT[..., :k]], 1)*S[:, None, :k].sqrt()
         sequences.append(tokenizer.proj(pairs.flatten(0, 1).T))
-    return nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(s) for s in sequences]
+    padded = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return padded, [len(s) for s in sequences]
 
 @torch.no_grad()
-def bench_svd(images:Tensor, embed_dim:int, repeats:int=5  # as above, and the width D of a token
+def bench_svd(
+    images:Tensor,  # (B, 3, M, M) in [0, 1]: the batch
+    embed_dim:int,  # width D of a token
+    repeats:int=5  # rounds
 )->list[dict]:  # criterion, p, batch_size, ours_ms, loop_ms
     "SVD tokens of one batch, and the loop over images"
     x, calls = imagenet_normalize(images), {}
@@ -207,12 +239,15 @@ def bench_svd(images:Tensor, embed_dim:int, repeats:int=5  # as above, and the w
 
 # %% ../nbs/15_bench.ipynb #d4ea8a59
 @torch.no_grad()
-def check_ranks(data:ImageData, device:str='cpu'
+def check_ranks(
+    data:ImageData,
+    device:str='cpu'
 )->list[dict]:  # criterion, p, images, differ, mean_rank
     "Ranks of the test images against those of a decomposition in float64"
     found, images = {share: [] for share in _shares}, data.test.images
     for part in np.array_split(images, max(1, len(images)//50)):
-        x = imagenet_normalize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float()/255)
+        x = torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float()/255
+        x = imagenet_normalize(x)
         S = torch.linalg.svdvals(x.double().cpu())
         for (c, p), ks in found.items():
             ks.append(torch.stack([kept_triplets(x, p, c)[3].cpu(), energy_rank(S, p, c)]))
@@ -221,7 +256,11 @@ def check_ranks(data:ImageData, device:str='cpu'
                  mean_rank=round(int(ours.sum())/len(images), 2))
             for (c, p), (ours, want) in found.items()]
 
-def bench_data(data:ImageData, bs:int, device:str='cpu', repeats:int=3
+def bench_data(
+    data:ImageData,
+    bs:int,  # batch size
+    device:str='cpu',
+    repeats:int=3  # rounds
 )->dict:  # image_size, batch_size; ours: images/s
     "Speed of the training loader; a round is an epoch"
     loader = image_loaders(data, bs, device=device).train
@@ -252,19 +291,22 @@ def sigma_bench(
         size, context = settings['model'], autocast(device, precision)
         images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
         torch.manual_seed(0); models = bench_models(size, images[:8], methods)
-        if not models: raise ValueError(f'methods: got {methods!r}; accepted: how a name begins')
+        if not models:
+            raise ValueError(f'methods: got {methods!r}; accepted: how a name begins')
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'sigma_bench: {e}')
     result = dict(preset=preset, precision=precision, model=size, repeats=repeats,
-                  images=data and Path(data).name or 'sample photographs', processor=_processor(),
-                  **provenance(device))
+                  images=data and Path(data).name or 'sample photographs',
+                  processor=_processor(), **provenance(device))
     if find_spec('timm'): result['versions']['timm'] = metadata.version('timm')
     def add(part, rows):
         result[part] = rows
         print(pd.DataFrame(rows).filter(regex='^(?!.*rounds)').to_string())
     with torch.no_grad(), context:  # one for all, so that weights are cast once
-        add('methods', [r for b in sizes for r in bench_methods(models, images[:b], repeats)])
+        add('methods',
+            [r for b in sizes for r in bench_methods(models, images[:b], repeats)])
         if not methods:
-            add('encoders', [r for b in sizes for r in bench_encoders(models, images[:b], repeats)])
+            add('encoders',
+                [r for b in sizes for r in bench_encoders(models, images[:b], repeats)])
     if not methods: add('svd', bench_svd(images[:32], size['embed_dim'], repeats))
     if data and not methods:
         add('ranks', check_ranks(decoded := load_data(data, size['image_size']), device))
