@@ -60,10 +60,10 @@ class SigmaModel(
     pipeline_tag='image-classification',
     tags=['image-classification', 'vision-transformer', 'image-tokenizer']
 ):
-    "A `VisionTransformer` with the tokenizer of that name; by default as large as ViT-B"
+    "A `VisionTransformer` with the tokenizer of that name; ViT-B by default"
     def __init__(self,
         name:str,  # one of list_models()
-        image_size:int|tuple[int, int]=256,  # side or (H, W), in pixels; fft, svd: a side
+        image_size:int|tuple[int, int]=256,  # side or (H, W), in pixels; fft, svd: side
         num_classes:int=6,  # classes; 0 for no head: the features come out
         embed_dim:int=768,  # width D of a token
         patch_size:int=16,  # side of one token's square, in pixels, a divisor of M

@@ -110,7 +110,7 @@ def leading_triplets(
     x:Tensor,  # (..., M, M) matrices
     Q:Tensor,  # (M, q) or (..., M, q) orthonormal columns to start from
     steps:int  # of the power iteration
-)->tuple[Tensor, ...]:  # U (..., M, q), S (..., q), V (..., M, q), residuals (..., q), X^T X Q
+)->tuple[Tensor, ...]:  # U (..., M, q), S, V, residuals (..., q), X^T X Q (..., M, q)
     "Approximate leading singular triplets, in float32 or better; signs as they come"
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)
