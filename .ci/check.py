@@ -1,12 +1,13 @@
 """Do the tables, the results pages, README.md, the links and the modules agree with what they are made from?
 
     python .ci/check.py           exit 1 and say what differs
-    python .ci/check.py --write   write tables, charts, outputs of the results pages and README.md instead
+    python .ci/check.py --write   write tables, charts, outputs of the results pages, smaller pictures and README.md instead
 """
-import base64, json, os, re, sys, tempfile, warnings
+import base64, io, json, os, re, sys, tempfile, warnings
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 from sigma_tokenizer.compare import load_predictions, load_results, metrics, result_path, write_summary
 from sigma_tokenizer.reproduce import load_preset, plan
 
@@ -48,6 +49,18 @@ def check_page(path):
         if texts(cell) != was and not write: wrong.append(f'{path.name}: a cell shows something else now: {source[:80]!r}')
     if write: nbformat.write(now, path)
 
+def check_size(path):
+    "A notebook stays under 300 KiB; `--write` stores large pictures in 128 colours"
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    for data in (o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', [])):
+        if not write or len(png := ''.join(data.get('image/png', ''))) < 50*1024: continue
+        image = Image.open(io.BytesIO(base64.b64decode(png)))
+        if image.mode == 'P': continue
+        image.convert('RGB').quantize(128).save(small := io.BytesIO(), 'png', optimize=True)
+        data['image/png'] = base64.b64encode(small.getvalue()).decode()
+    if write: path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    if (size := path.stat().st_size) > 300*1024: wrong.append(f'{path.name}: {size//1024} KiB')
+
 def readme():
     "index.ipynb with its outputs, and links that work from the top folder; its pictures as files, by name"
     pictures = {}
@@ -86,6 +99,7 @@ for folder in sorted({p.parent for p in (root/'results').rglob('*-seed*.json')})
     if folder.parent.name != 'choices': check_rows(folder)  # the choices were made on held-out images, some without predictions
     check_table(folder)
 for page in [*sorted((root/'nbs').glob('2*.ipynb')), root/'nbs/index.ipynb']: check_page(page)
+for path in (root/'nbs').glob('*.ipynb'): check_size(path)
 said, pictures = readme()
 for name, data in {'README.md': said.encode(), **pictures}.items():
     if write: (root/name).write_bytes(data)

@@ -273,6 +273,7 @@ def _processor():
     try: return re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     except (OSError, TypeError): return platform.machine()  # the name is not told
 
+# %% ../nbs/15_bench.ipynb #b7f222a2
 @call_parse
 def sigma_bench(
     preset:str='small',  # whose size to measure: a preset of sigma_reproduce

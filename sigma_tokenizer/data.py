@@ -300,7 +300,8 @@ def random_crop(
                          f'accepted: up to {S}, the side of the images')
     (top, left), mirror = torch.randint(S - size + 1, (2, B)), torch.rand(B) < .5*flip
     if images.is_cuda: return crop_together(images, top, left, mirror, size)
-    corners = zip(images, top.tolist(), left.tolist())  # a tenth of the gather's time
+    corners = zip(images, top.tolist(), left.tolist())
+    # on a CPU this takes a tenth of the gather's time
     crops = [im[i:i+size, j:j+size] for im, i, j in corners]
     return torch.stack([c.flip(1) if m else c for c, m in zip(crops, mirror.tolist())])
 

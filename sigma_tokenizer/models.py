@@ -51,6 +51,34 @@ def list_pretrained()->list[str]:
     "The trained models that come with the package"
     return sorted(p.name for p in _trained.iterdir() if p.is_dir())
 
+# %% ../nbs/09_models.ipynb #e4ff15da
+def _check_reduction(name, reduction, keep):
+    if name not in _tokenizers:
+        raise ValueError(f'name: got {name!r}; accepted: {", ".join(_tokenizers)}')
+    gated = name.endswith('_gated')
+    # pooling needs a grid, but no scores
+    pooled = reduction == 'pool' and name not in ('fft', 'svd')
+    if reduction not in _reductions or not (gated or pooled) and (reduction or keep):
+        accepted = f'None, as the tokens of {name} have no scores'
+        if gated: accepted = ', '.join(map(str, _reductions))
+        raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
+                         f'accepted: {accepted}')
+
+def _make_tokenizer(name, kw, **args):
+    "The tokenizer of that name; `args` are for all of them, `kw` its own"
+    make, size = _tokenizers[name], args['image_size']
+    if name in ('fft', 'svd') and isinstance(size, list):
+        raise ValueError(f'image_size: got {size}; '
+                         f'accepted: one side, as {name} needs squares')
+    own = [k for k in signature(make).parameters if k not in args]
+    if unknown := set(kw) - set(own):
+        raise ValueError(f'{", ".join(sorted(unknown))}: '
+                         f'not an argument of {name}; its own are {own}')
+    patch_grid(size, args['patch_size'])
+    if name == 'svd': args.pop('patch_size')
+    tokenizer = make(**args, **kw)
+    return Gated(tokenizer) if name.endswith('_gated') else tokenizer
+
 # %% ../nbs/09_models.ipynb #955a58cc
 _repo = 'https://github.com/sigma-tokenizer/sigma-image-tokenizer'
 
@@ -78,35 +106,14 @@ class SigmaModel(
         normalize:bool|None=None,  # wants ImageNet-normalised images; None: by name
         **kw  # the tokenizer's own
     ):
-        if name not in _tokenizers:
-            raise ValueError(f'name: got {name!r}; accepted: {", ".join(_tokenizers)}')
-        make, gated = _tokenizers[name], name.endswith('_gated')
-        # pooling needs a grid, but no scores
-        pooled = reduction == 'pool' and name not in ('fft', 'svd')
-        if reduction not in _reductions or (
-                not (gated or pooled) and (reduction or keep)):
-            accepted = f'None, as the tokens of {name} have no scores'
-            if gated: accepted = ', '.join(map(str, _reductions))
-            raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
-                             f'accepted: {accepted}')
+        _check_reduction(name, reduction, keep)
         if isinstance(image_size, (tuple, list)):
             image_size = image_size[0] if len({*image_size}) == 1 else list(image_size)
-        if name in ('fft', 'svd') and isinstance(image_size, list):
-            raise ValueError(f'image_size: got {image_size}; '
-                             f'accepted: one side, as {name} needs squares')
-        args = dict(image_size=image_size, patch_size=patch_size, embed_dim=embed_dim,
-                    in_chans=in_chans)
-        own = [k for k in signature(make).parameters if k not in args]
-        if unknown := set(kw) - set(own):
-            raise ValueError(f'{", ".join(sorted(unknown))}: '
-                             f'not an argument of {name}; its own are {own}')
-        patch_grid(image_size, patch_size)
-        if name == 'svd': args.pop('patch_size')
-        tokenizer = make(**args, **kw)
+        tokenizer = _make_tokenizer(name, kw, image_size=image_size, embed_dim=embed_dim,
+                                    patch_size=patch_size, in_chans=in_chans)
         if isinstance(keep, dict):  # of config.json
             keep = (TopK if 'k' in keep else TopP)(**keep)
-        super().__init__(Gated(tokenizer) if gated else tokenizer, num_classes, depth,
-                         num_heads, mlp_ratio, drop_rate,
+        super().__init__(tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
                          'learned' if name == 'vit' else 'sinusoidal', keep,
                          _reductions[reduction](embed_dim))
         if classes is not None and len(classes) != num_classes:
@@ -164,6 +171,7 @@ def save_pretrained(self:SigmaModel,
                 os.replace(file, folder/file.name)
     return said
 
+# %% ../nbs/09_models.ipynb #4317fc59
 @patch(cls_method=True)
 def from_pretrained(cls:SigmaModel,
     name:str|Path,  # a folder, one of list_pretrained(), or user/model on the Hub
@@ -180,6 +188,7 @@ def from_pretrained(cls:SigmaModel,
     except JSONDecodeError as e:
         raise ValueError(f'{name}: config.json is no JSON: {e}') from None
 
+# %% ../nbs/09_models.ipynb #aacd6435
 @patch(cls_method=True)
 def _from_pretrained(cls:SigmaModel, *, model_id, map_location='cpu', proxies=None,
                      resume_download=None, **kw):

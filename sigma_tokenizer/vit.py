@@ -129,6 +129,7 @@ def _fill_positions(model, incompatible_keys):
     "Positions that no state dict holds, for a model from the meta device"
     model.pos_embed = sinusoidal(*model.pos_embed.shape).to(model.cls_token)
 
+# %% ../nbs/04_vit.ipynb #77b842c1
 class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer, with the class token's output classified"
     def __init__(self,
@@ -308,6 +309,7 @@ def _taken(indices, depth):
                          f'accepted: up to {depth}, or blocks {-depth} to {depth - 1}')
     return [i % depth for i in taken]
 
+# %% ../nbs/04_vit.ipynb #c60ae8d8
 @patch
 def forward_intermediates(self:VisionTransformer,
     x:Tensor,  # (B, C, H, W) images
