@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gini_index', 'SparsityLoss', 'BudgetSchedule', 'RandomBudget', 'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice',
            'SmoothLoss', 'AdamW', 'spared_decay', 'create_learner', 'NoValidation', 'Checkpoint', 'train', 'evaluate',
-           'calibrate']
+           'in_turns', 'calibrate']
 
 # %% ../nbs/11_training.ipynb #a473c7ad
 import math, random, sys, time
@@ -13,10 +13,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -108,7 +110,7 @@ class RandomBudget(Callback):
 
     def before_batch(self):
         if not self.training: return
-        n = _unwrapped(self.model).tokenizer.n_tokens
+        n = _unwrapped(self.model).n_tokens
         self.learn.xb = (*self.xb, self.schedule.draw(n))
 
 class SelfDistillation(Callback):
@@ -123,7 +125,7 @@ class SelfDistillation(Callback):
 
     def before_batch(self):
         if not self.training: return
-        n = _unwrapped(self.model).tokenizer.n_tokens
+        n = _unwrapped(self.model).n_tokens
         self.learn.xb = (*self.xb, [None, self.schedule.draw(n)])
 
     def after_pred(self):
@@ -383,19 +385,10 @@ def evaluate(
     said = {name: torch.cat(parts, -1).numpy() for name, parts in said.items()}
     return said, torch.cat(scores).numpy() if scores else None
 
-# %% ../nbs/11_training.ipynb #67065fc0
-@torch.no_grad()
-def calibrate(
-    model:VisionTransformer,  # with scores
-    dls:DataLoaders,  # its training images are looked at
-    mean_length:float,  # tokens, with the class token and a rest token
-    precision:str='float32'  # as in evaluate
-)->TopP:
-    "The budget with this mean length over the training images"
-    model.eval()
-    with autocast(model.cls_token.device, precision):
-        all_tokens = (model.tokenizer(x) for x, *_ in dls.train)
-        seen = [(t.scores, t.mask) for t in all_tokens]
+# %% ../nbs/11_training.ipynb #d08bf720
+def _for_length(model, dls, mean_length):
+    "TopP with this mean length over the training images"
+    seen = [(t.scores, t.mask) for t in (model.embed(x) for x, *_ in dls.train)]
     if seen[0][0] is None:
         raise ValueError(f'model: got {type(model.tokenizer).__name__}; '
                          'accepted: a model whose tokenizer has scores')
@@ -404,8 +397,62 @@ def calibrate(
     scores, mask = (torch.cat([padded(part) for part in parts]) for parts in zip(*seen))
     few = model.embed(next(iter(dls.train))[0])
     # beside what is kept: the class token, and a rest token if there is one
-    added = model.reduce(few, TopK(1)).lengths[0].item()
-    least, most = added + 1, 1 + mask.sum(1).double().mean().item()
+    first = getattr(model, 'num_prefix_tokens', 1)
+    added = first + model.reduce(few, TopK(1)).lengths[0].item() - 1
+    least, most = added + 1, first + mask.sum(1).double().mean().item()
     check_number('mean_length', mean_length, f'{least} <= mean_length <= {most:g}',
                  lambda n: least <= n <= most)
     return TopP.from_mean(scores, mask, mean_length - added)
+
+# %% ../nbs/11_training.ipynb #4dc3fce4
+def in_turns(
+    calls:dict,  # name -> function without arguments
+    repeats:int=5  # rounds
+)->dict[str, list[float]]:  # milliseconds of each round
+    "Time all functions of a dict in turn, round after round"
+    threads = torch.get_num_threads()
+    timers = {name: Timer('call()', globals={'call': call}, num_threads=threads)
+              for name, call in calls.items()}
+    rounds = [{name: t.timeit(1).median for name, t in timers.items()}
+              for _ in range(repeats)]
+    return {name: [round(1e3*r[name], 4) for r in rounds] for name in calls}
+
+# %% ../nbs/11_training.ipynb #c1492550
+def _for_time(model, x, latency_ms):
+    "The largest TopK for which these images take at most so long; None if all tokens do"
+    n, batch = model.n_tokens, f'{len(x)} image{"s"*(len(x) > 1)}'
+    def measure(budgets, rounds):
+        calls = {k: lambda k=k: model(x, None if k == n else TopK(k)) for k in budgets}
+        return [median(ms) for ms in in_turns(calls, rounds).values()]
+    ks = sorted({max(1, n*i//8) for i in range(9)})
+    times = np.maximum.accumulate(measure(ks, 9))
+    check_number('latency_ms', latency_ms, f'at least {times[0]:.3g}, the time of '
+                 f'{batch} with one token', lambda ms: ms >= times[0])
+    k, now = n, times[-1]
+    for _ in range(3):
+        if (new := int(np.interp(latency_ms, times, ks))) == k: break
+        k, = [new]; now, = measure([k], 15)
+        times = times*now/np.interp(k, ks, times)  # the clock of this moment
+    print(f'{k} of {n} tokens: {now:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
+    return None if k == n else TopK(k)
+
+# %% ../nbs/11_training.ipynb #67065fc0
+@torch.no_grad()
+def calibrate(
+    model:nn.Module,  # a VisionTransformer with scores, or what budgeted returns
+    dls:DataLoaders,  # its training images are looked at
+    mean_length:float=None,  # tokens, with the class token and a rest token
+    precision:str='float32',  # as in evaluate
+    latency_ms:float=None,  # instead: milliseconds for a batch, on this device
+    batch_size:int=1  # images in that batch
+)->TopP|TopK|None:  # TopP for a length, TopK for a time; None keeps all tokens
+    "The budget with this mean length over the training images, or within this time"
+    if (mean_length is None) == (latency_ms is None):
+        raise ValueError(f'mean_length, latency_ms: got {mean_length}, {latency_ms}; '
+                         'accepted: one of them')
+    check_int('batch_size', batch_size)
+    model.eval()
+    with autocast(next(model.parameters()).device, precision):
+        if mean_length is not None: return _for_length(model, dls, mean_length)
+        images = next(iter(dls.train))[0]
+        return _for_time(model, images[torch.arange(batch_size) % len(images)], latency_ms)

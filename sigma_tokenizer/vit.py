@@ -269,6 +269,12 @@ def forward(self:VisionTransformer,
     return self.forward_head(self.forward_features(x, keep))
 
 # %% ../nbs/04_vit.ipynb #b40593f1
+@patch(as_prop=True)
+def n_tokens(self:VisionTransformer
+)->int:
+    "Tokens of an image of the size that the tokenizer is for, without the class token"
+    return self.tokenizer.n_tokens
+
 @patch
 def get_classifier(self:VisionTransformer
 )->nn.Module:  # nn.Identity if there is none
