@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Scorer', 'Budgeted', 'budgeted', 'teach']
 
-# %% ../nbs/18_budget.ipynb #0c3883a7
-from dataclasses import replace
+# %% ../nbs/18_budget.ipynb #b5400fc6
+from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +56,7 @@ def _rotations(
     found = table[..., position, :]
     return found[:, None] if rope.ndim == 2 else found.transpose(0, 1)
 
-# %% ../nbs/18_budget.ipynb #bd4a294e
+# %% ../nbs/18_budget.ipynb #32716ea7
 class Budgeted:
     "What a timm ViT gets from `budgeted`: a budget at each call, or `model.keep`"
     @property
@@ -152,6 +152,15 @@ class Budgeted:
         passes, t = self._passes(x, keep if several else [keep])
         logits = [self._pooled(y, short, t) for y, short in passes]
         return torch.stack(logits) if several else logits[0]
+
+    @property
+    def config(self)->dict:
+        "What an exported file says of the model"
+        first = next(m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d))
+        return dict(name='timm', architecture=self.pretrained_cfg.get('architecture'),
+                    image_size=list(self.patch_embed.img_size),
+                    in_chans=first.in_channels, num_classes=self.num_classes,
+                    after=self.after, keep=self.keep and asdict(self.keep))
 
     def __reduce_ex__(self, protocol):  # for pickle and copy
         return _blank, (type(self).__bases__[1],), self.__dict__
