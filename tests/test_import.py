@@ -20,11 +20,11 @@ print((end - start)/(between - start), *(set(sys.modules) - there))'''
     assert not [m for m in said[0][1:] if m in heavy]
     assert min(float(ratio) for ratio, *_ in said) < 1.25
 
-@pytest.mark.parametrize('stub', ['huggingface_hub', 'timm'])
-def test_an_old_library_is_asked_for_only_when_needed(stub, tmp_path):
+@pytest.mark.parametrize('stub, needs', [('huggingface_hub', 'model.save_pretrained("here")'),
+                                         ('timm', 'import sigma_tokenizer.timm_models'), ('timm', 'import sigma_tokenizer.budget')])
+def test_an_old_library_is_asked_for_only_when_needed(stub, needs, tmp_path):
     (tmp_path/stub).mkdir(); (tmp_path/stub/'__init__.py').write_text('__version__ = "0.6.0"')
     (tmp_path/stub/'models.py').write_text('')
-    needs = dict(huggingface_hub='model.save_pretrained("here")', timm='import sigma_tokenizer.timm_models')[stub]
     code = f'''from sigma_tokenizer import create_model; import torch, {stub}
 assert {stub}.__version__ == "0.6.0"
 model = create_model("msvd_gated", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
