@@ -6,7 +6,7 @@
     python run.py DATA time                        time.json: milliseconds; on a machine that does nothing else
 
 NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), attention-1 (EViT's rule, with its fused token),
-attention_dropped-1 (without), random-1, tome. One thread each. All runs: seed 239.
+attention_dropped-1 (without), random-1, tome; ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
 from pathlib import Path
@@ -97,7 +97,7 @@ def main(data, what, *names):
     source = provenance('cpu'); source['versions']['timm'] = timm.__version__
     if what == 'time': return time(source)
     data = load_data(data, 64)
-    def loaders():
+    def loaders(seed=seed):
         set_seed(seed, reproducible=True)
         return image_loaders(data, 64, augment='resized_crop')
     if what == 'base':
@@ -107,14 +107,15 @@ def main(data, what, *names):
         preds, labels, accuracy = evaluate(Whole(vit), dls.valid, [None])
         save('base', dict(name='base', recipe=recipe, accuracy=accuracy, epochs=log, **source), preds, labels)
     for name in names:
-        dls = loaders(); vit = make(); vit.load_state_dict(torch.load(here/'base.pt', weights_only=True))
-        m, log = model_of(name, vit), []
+        rule, _, own = name.partition('@')
+        dls = loaders(int(own or seed)); vit = make(); vit.load_state_dict(torch.load(here/'base.pt', weights_only=True))
+        m, log = model_of(rule, vit), []
         if what == 'teach':
             log = teach(m, dls, epochs=2, freeze=name.startswith('frozen'), precision='bfloat16')
         tome = name == 'tome'
         preds, labels, accuracy = evaluate(m, dls.valid, rs if tome else [k and TopK(k) for k in ks])
         file = name if log else f'{name}-untaught'
-        save(file, dict(name=name, taught=bool(log), budgets=rs if tome else ks, accuracy=accuracy, epochs=log, **source), preds, labels)
+        save(file, dict(name=rule, seed=int(own or seed), taught=bool(log), budgets=rs if tome else ks, accuracy=accuracy, epochs=log, **source), preds, labels)
         print(file, accuracy, flush=True)
 
 class Whole(nn.Module):
