@@ -165,7 +165,7 @@ class Budgeted:
     def __reduce_ex__(self, protocol):  # for pickle and copy
         return _blank, (type(self).__bases__[1],), self.__dict__
 
-# %% ../nbs/18_budget.ipynb #b0bfebcc
+# %% ../nbs/18_budget.ipynb #56e1cd8a
 _classes = {}
 
 def _budgeted_class(cls):
@@ -191,6 +191,9 @@ def budgeted(
     if not isinstance(vit, (VisionTransformer, Eva)):
         raise ValueError(f"vit: got {type(vit).__name__}; accepted: timm's "
                          'VisionTransformer or Eva, whose blocks take any number of tokens')
+    if isinstance(vit, Eva) and vit.patch_drop is not None:
+        raise ValueError('vit: got a model with patch_drop_rate; accepted: without, '
+                         'as its rotary positions follow only one kind of dropping')
     check_int('after', after, 0); check_keep(keep)
     if after >= len(vit.blocks):
         raise ValueError(f'after: got {after}; accepted: 0 to {len(vit.blocks) - 1}, '

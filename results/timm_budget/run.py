@@ -6,7 +6,8 @@
     python run.py DATA time                        time.json: milliseconds; on a machine that does nothing else
 
 NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), attention-1 (EViT's rule, with its fused token),
-attention_dropped-1 (without), random-1, tome; ours-1@240 is another seed than 239. One thread each.
+attention_dropped-1 (without), random-1, random_rest-1
+(with our rest token), tome; ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
 from pathlib import Path
@@ -77,7 +78,9 @@ def model_of(name, vit):
     if rule.startswith('attention'):
         m.scorer, m.rest.write = ClassAttention(vit, int(after)), nn.Identity()
         if rule == 'attention_dropped': m.rest = Dropped()
-    elif rule == 'random': m.scorer, m.rest = Random(), Dropped()
+    elif rule.startswith('random'):
+        m.scorer = Random()
+        if rule == 'random': m.rest = Dropped()
     return m
 
 def save(name, result, preds, labels):
