@@ -131,7 +131,7 @@ def time(source):
     for batch in (1, 32):
         x, calls = torch.randn(batch, 3, 64, 64), {}
         vit = make().eval(); calls['timm', None] = lambda: vit(x)
-        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3', 'attention_dropped-1', 'random-1', 'tome'):
+        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3', 'random-2', 'random_rest-2', 'tome'):
             m = model_of(name, make()).eval()
             for k in rs if name == 'tome' else ks:
                 calls[name, k] = lambda m=m, k=k if name == 'tome' else k and TopK(k): m(x, k)
