@@ -56,7 +56,7 @@ def _rotations(
     found = table[..., position, :]
     return found[:, None] if rope.ndim == 2 else found.transpose(0, 1)
 
-# %% ../nbs/18_budget.ipynb #32716ea7
+# %% ../nbs/18_budget.ipynb #932ec91a
 class Budgeted:
     "What a timm ViT gets from `budgeted`: a budget at each call, or `model.keep`"
     @property
@@ -116,8 +116,8 @@ class Budgeted:
             mean = (x[:, p:]*(sizes*short.mask)[..., None]).sum(1, keepdim=True)/n
             x = torch.cat([x[:, :p], mean.to(x.dtype)], 1)
         elif short.padded and pool not in ('', 'token', 'avg'):
-            raise ValueError(f'keep: got images of different lengths; accepted: TopK(k), '
-                             f'as global_pool is {pool!r}')
+            raise ValueError('keep: got images of different lengths; '
+                             f'accepted: TopK(k), as global_pool is {pool!r}')
         return self.forward_head(x)
 
     def embed(self,
@@ -165,7 +165,7 @@ class Budgeted:
     def __reduce_ex__(self, protocol):  # for pickle and copy
         return _blank, (type(self).__bases__[1],), self.__dict__
 
-# %% ../nbs/18_budget.ipynb #56e1cd8a
+# %% ../nbs/18_budget.ipynb #765d90d9
 _classes = {}
 
 def _budgeted_class(cls):
@@ -190,7 +190,7 @@ def budgeted(
                          'accepted: a model of timm (`model.after` moves the budget)')
     if not isinstance(vit, (VisionTransformer, Eva)):
         raise ValueError(f"vit: got {type(vit).__name__}; accepted: timm's "
-                         'VisionTransformer or Eva, whose blocks take any number of tokens')
+                         'VisionTransformer or Eva; their blocks take any length')
     if isinstance(vit, Eva) and vit.patch_drop is not None:
         raise ValueError('vit: got a model with patch_drop_rate; accepted: without, '
                          'as its rotary positions follow only one kind of dropping')

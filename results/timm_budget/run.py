@@ -7,7 +7,7 @@
 
 NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), attention-1 (EViT's rule, with its fused token),
 attention_dropped-1 (without), random-1, random_rest-1
-(with our rest token), tome; ours-1@240 is another seed than 239. One thread each.
+(with our rest token), merge-1 (scorer; each dropped token is averaged into the kept one most like it), tome; ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sigma_tokenizer.bench import merge_tokens
 from sigma_tokenizer.budget import budgeted, teach
 from sigma_tokenizer.data import image_loaders, load_data
+from sigma_tokenizer.reduce import MergeDropped
 from sigma_tokenizer.reproduce import provenance
 from sigma_tokenizer.select import TopK, select
 from sigma_tokenizer.tokens import full_tokens
@@ -27,7 +28,7 @@ from sigma_tokenizer.training import BFloat16, create_learner, in_turns, train
 here, seed = Path(__file__).parent, 239
 recipe = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3)
 ks = [None, 48, 40, 32, 24, 16, 8, 4, 1]
-rs = [0, 2, 4, 6, 8, 9, 10]
+rs = [0, 4, 8, 10, 12, 14, 16, 20, 24, 32]  # the blocks merge fewer where fewer are left
 
 def make(): return timm.create_model('vit_tiny_patch16_224', num_classes=6, **recipe)
 
@@ -78,6 +79,7 @@ def model_of(name, vit):
     if rule.startswith('attention'):
         m.scorer, m.rest.write = ClassAttention(vit, int(after)), nn.Identity()
         if rule == 'attention_dropped': m.rest = Dropped()
+    elif rule == 'merge': m.rest = MergeDropped()
     elif rule.startswith('random'):
         m.scorer = Random()
         if rule == 'random': m.rest = Dropped()
@@ -131,7 +133,7 @@ def time(source):
     for batch in (1, 32):
         x, calls = torch.randn(batch, 3, 64, 64), {}
         vit = make().eval(); calls['timm', None] = lambda: vit(x)
-        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3', 'random-2', 'random_rest-2', 'tome'):
+        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3', 'random-2', 'random_rest-2', 'merge-2', 'tome'):
             m = model_of(name, make()).eval()
             for k in rs if name == 'tome' else ks:
                 calls[name, k] = lambda m=m, k=k if name == 'tome' else k and TopK(k): m(x, k)
