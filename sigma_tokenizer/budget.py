@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Scorer', 'Budgeted', 'budgeted', 'teach']
 
-# %% ../nbs/18_budget.ipynb #b5400fc6
+# %% ../nbs/18_budget.ipynb #ed368ea0
 from dataclasses import asdict, replace
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,102 +57,13 @@ def _rotations(
     found = table[..., position, :]
     return found[:, None] if rope.ndim == 2 else found.transpose(0, 1)
 
-# %% ../nbs/18_budget.ipynb #932ec91a
+# %% ../nbs/18_budget.ipynb #4d53eeb1
 class Budgeted:
     "What a timm ViT gets from `budgeted`: a budget at each call, or `model.keep`"
     @property
     def n_tokens(self)->int:
         "Tokens of an image, without class and register tokens"
         return self.patch_embed.num_patches
-
-    def _through(self, x, blocks, rope, mask=None):
-        "Some of the blocks"
-        for i in blocks:
-            kw = {} if mask is None else dict(attn_mask=mask)
-            if rope is not None: kw['rope'] = rope[i] if self.rope_mixed else rope
-            block = self.blocks[i]
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False, **kw)
-            else: x = block(x, **kw)
-        return x
-
-    def _shared(self, x):
-        "The part that sees all tokens: what comes out, and rotary positions or None"
-        x, rope = self._pos_embed(self.patch_embed(x)), None
-        if isinstance(self, Eva): x, rope = x
-        else: x = self.patch_drop(x)
-        return self._through(self.norm_pre(x), range(self.after), rope), rope
-
-    def _short(self, x, rope, t, keep):
-        "The part that sees what the budget keeps"
-        p, short, mask = self.num_prefix_tokens, self.reduce(t, keep), None
-        x = torch.cat([x[:, :p], short.x], 1)
-        if rope is not None and short is not t:
-            mixed = self.rope_mixed
-            at = lambda r: _rotations(r, short.position)
-            rope = [at(r) for r in rope] if mixed else at(rope)
-        if short.padded:
-            seen = F.pad(short.mask, (p, 0), value=True)[:, None, None]
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
-        x = self._through(x, range(self.after, len(self.blocks)), rope, mask)
-        return self.norm(x), short
-
-    def _passes(self, x, budgets):
-        "Features and kept tokens for each budget, and all tokens"
-        budgets = [self.keep if isinstance(k, str) and k == 'default' else k
-                   for k in budgets]
-        for k in budgets: check_keep(k)  # before any work
-        x, rope = self._shared(x)
-        t = self.scorer(x[:, self.num_prefix_tokens:])
-        return [self._short(x, rope, t, k) for k in budgets], t
-
-    def _pooled(self, x, short, t):
-        "Logits"
-        pool, p = self.global_pool, self.num_prefix_tokens
-        if self.attn_pool is not None: pool = 'map'
-        if getattr(self, 'pool_include_prefix', False): pool += ' with prefix'
-        if pool == 'avg' and short is not t:
-            n = t.x.shape[1]  # the rest token stands for those that are not here
-            sizes = torch.where(short.position < 0, n + 1 - short.lengths[:, None], 1)
-            mean = (x[:, p:]*(sizes*short.mask)[..., None]).sum(1, keepdim=True)/n
-            x = torch.cat([x[:, :p], mean.to(x.dtype)], 1)
-        elif short.padded and pool not in ('', 'token', 'avg'):
-            raise ValueError('keep: got images of different lengths; '
-                             f'accepted: TopK(k), as global_pool is {pool!r}')
-        return self.forward_head(x)
-
-    def embed(self,
-        x:Tensor  # (B, C, H, W) images
-    )->Tokens:  # (B, N, D), with scores
-        "All tokens after the first blocks, without class and register tokens"
-        return self.scorer(self._shared(x)[0][:, self.num_prefix_tokens:])
-
-    def reduce(self,
-        t:Tokens,  # of embed
-        keep:TopK|TopP|None  # the budget
-    )->Tokens:
-        "The tokens that this budget keeps, and the rest token"
-        check_keep(keep)
-        return self.rest(t, keep)
-
-    def forward_features(self,
-        x:Tensor,  # (B, C, H, W) images
-        keep:TopK|TopP|None|str='default'  # budget; None: all; 'default': model.keep
-    )->Tensor:  # (B, prefix + kept tokens, D)
-        "The last block's output, through timm's norm"
-        return self._passes(x, [keep])[0][0][0]
-
-    def forward(self,
-        x:Tensor,  # (B, C, H, W) images
-        keep:TopK|TopP|None|list|str='default'  # as above, or a list of budgets
-    )->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
-        "Logits; several budgets share the first blocks"
-        several = isinstance(keep, (list, tuple))
-        if several and not keep:
-            raise ValueError('keep: got an empty list; accepted: at least one budget')
-        passes, t = self._passes(x, keep if several else [keep])
-        logits = [self._pooled(y, short, t) for y, short in passes]
-        return torch.stack(logits) if several else logits[0]
 
     @property
     def config(self)->dict:
@@ -165,7 +77,109 @@ class Budgeted:
     def __reduce_ex__(self, protocol):  # for pickle and copy
         return _blank, (type(self).__bases__[1],), self.__dict__
 
-# %% ../nbs/18_budget.ipynb #765d90d9
+# %% ../nbs/18_budget.ipynb #4b7f2ccf
+@patch
+def _through(self:Budgeted, x, blocks, rope, mask=None):
+    "Some of the blocks"
+    for i in blocks:
+        kw = {} if mask is None else dict(attn_mask=mask)
+        if rope is not None: kw['rope'] = rope[i] if self.rope_mixed else rope
+        block = self.blocks[i]
+        if self.grad_checkpointing and self.training:
+            x = checkpoint(block, x, use_reentrant=False, **kw)
+        else: x = block(x, **kw)
+    return x
+
+@patch
+def _shared(self:Budgeted, x):
+    "The part that sees all tokens: what comes out, and rotary positions or None"
+    x, rope = self._pos_embed(self.patch_embed(x)), None
+    if isinstance(self, Eva): x, rope = x
+    else: x = self.patch_drop(x)
+    return self._through(self.norm_pre(x), range(self.after), rope), rope
+
+@patch
+def _short(self:Budgeted, x, rope, t, keep):
+    "The part that sees what the budget keeps"
+    p, short, mask = self.num_prefix_tokens, self.reduce(t, keep), None
+    x = torch.cat([x[:, :p], short.x], 1)
+    if rope is not None and short is not t:
+        mixed = self.rope_mixed
+        at = lambda r: _rotations(r, short.position)
+        rope = [at(r) for r in rope] if mixed else at(rope)
+    if short.padded:
+        seen = F.pad(short.mask, (p, 0), value=True)[:, None, None]
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+    x = self._through(x, range(self.after, len(self.blocks)), rope, mask)
+    return self.norm(x), short
+
+@patch
+def _passes(self:Budgeted, x, budgets):
+    "Features and kept tokens for each budget, and all tokens"
+    budgets = [self.keep if isinstance(k, str) and k == 'default' else k
+               for k in budgets]
+    for k in budgets: check_keep(k)  # before any work
+    x, rope = self._shared(x)
+    t = self.scorer(x[:, self.num_prefix_tokens:])
+    return [self._short(x, rope, t, k) for k in budgets], t
+
+# %% ../nbs/18_budget.ipynb #e96a2ea7
+@patch
+def embed(self:Budgeted,
+    x:Tensor  # (B, C, H, W) images
+)->Tokens:  # (B, N, D), with scores
+    "All tokens after the first blocks, without class and register tokens"
+    return self.scorer(self._shared(x)[0][:, self.num_prefix_tokens:])
+
+@patch
+def reduce(self:Budgeted,
+    t:Tokens,  # of embed
+    keep:TopK|TopP|None  # the budget
+)->Tokens:
+    "The tokens that this budget keeps, and the rest token"
+    check_keep(keep)
+    return self.rest(t, keep)
+
+# %% ../nbs/18_budget.ipynb #7e889e77
+@patch
+def _pooled(self:Budgeted, x, short, t):
+    "Logits"
+    pool, p = self.global_pool, self.num_prefix_tokens
+    if self.attn_pool is not None: pool = 'map'
+    if getattr(self, 'pool_include_prefix', False): pool += ' with prefix'
+    if pool == 'avg' and short is not t:
+        n = t.x.shape[1]  # the rest token stands for those that are not here
+        sizes = torch.where(short.position < 0, n + 1 - short.lengths[:, None], 1)
+        mean = (x[:, p:]*(sizes*short.mask)[..., None]).sum(1, keepdim=True)/n
+        x = torch.cat([x[:, :p], mean.to(x.dtype)], 1)
+    elif short.padded and pool not in ('', 'token', 'avg'):
+        raise ValueError('keep: got images of different lengths; '
+                         f'accepted: TopK(k), as global_pool is {pool!r}')
+    return self.forward_head(x)
+
+# %% ../nbs/18_budget.ipynb #e61e0828
+@patch
+def forward_features(self:Budgeted,
+    x:Tensor,  # (B, C, H, W) images
+    keep:TopK|TopP|None|str='default'  # budget; None: all; 'default': model.keep
+)->Tensor:  # (B, prefix + kept tokens, D)
+    "The last block's output, through timm's norm"
+    return self._passes(x, [keep])[0][0][0]
+
+@patch
+def forward(self:Budgeted,
+    x:Tensor,  # (B, C, H, W) images
+    keep:TopK|TopP|None|list|str='default'  # as above, or a list of budgets
+)->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
+    "Logits; several budgets share the first blocks"
+    several = isinstance(keep, (list, tuple))
+    if several and not keep:
+        raise ValueError('keep: got an empty list; accepted: at least one budget')
+    passes, t = self._passes(x, keep if several else [keep])
+    logits = [self._pooled(y, short, t) for y, short in passes]
+    return torch.stack(logits) if several else logits[0]
+
+# %% ../nbs/18_budget.ipynb #218d3fa7
 _classes = {}
 
 def _budgeted_class(cls):
@@ -205,7 +219,7 @@ def budgeted(
     vit.after, vit.keep, vit.__class__ = after, keep, _budgeted_class(type(vit))
     return vit.train(vit.training)
 
-# %% ../nbs/18_budget.ipynb #08ea4e5e
+# %% ../nbs/18_budget.ipynb #953f3080
 def teach(
     model:Budgeted,
     dls:DataLoaders,  # fastai's: batches of images and labels

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['chart_style', 'load_experiments', 'run_rows', 'reported', 'metrics', 'Row', 'DataUsed', 'Result', 'result_path',
            'save_result', 'load_result', 'load_predictions', 'load_results', 'result_table', 'table_lines',
-           'row_predictions', 'paired', 'paired_lines', 'plot_tokens', 'plot_lengths', 'plot_confusion',
-           'write_summary']
+           'row_predictions', 'mean_interval', 'paired', 'paired_lines', 'plot_tokens', 'plot_lengths',
+           'plot_confusion', 'write_summary']
 
 # %% ../nbs/12_compare.ipynb #23007dd5
 import json, re, textwrap, tomllib
@@ -206,6 +206,14 @@ def row_predictions(
     return found
 
 # %% ../nbs/12_compare.ipynb #0753d710
+def mean_interval(
+    gain:np.ndarray  # (n,), of each image
+)->tuple[float, float]:
+    "A 95% interval of the mean: the images are drawn again, 2,000 times"
+    if not gain.std(): return gain[0], gain[0]
+    how = dict(n_resamples=2000, batch=100, method='percentile', rng=0)
+    return tuple(bootstrap((gain,), np.mean, **how).confidence_interval)
+
 def paired(
     out:str|Path,  # a folder of results
     a:str,  # a row's name
@@ -221,10 +229,7 @@ def paired(
                          'accepted: the same test images')
     right = lambda x: np.stack([x[s]['preds'] == x[s]['labels'] for s in seeds])
     ra, rb = right(A), right(B)
-    gain = ra.mean(0) - rb.mean(0); low = high = gain[0]
-    if gain.std():
-        how = dict(n_resamples=2000, batch=100, method='percentile', rng=0)
-        low, high = bootstrap((gain,), np.mean, **how).confidence_interval
+    gain = ra.mean(0) - rb.mean(0); low, high = mean_interval(gain)
     only_a, only_b = int((ra[0] & ~rb[0]).sum()), int((rb[0] & ~ra[0]).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.
     return dict(a=a, b=b, difference=gain.mean(), low=low, high=high, p=p,

@@ -5,11 +5,12 @@
     python run.py DATA untaught NAME...            the same without teaching
     python run.py DATA time                        time.json: milliseconds; on a machine that does nothing else
 
-NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), attention-1 (EViT's rule, with its fused token),
-attention_dropped-1 (without), random-1, random_rest-1
-(with our rest token), merge-1 (scorer; each dropped token is averaged into the kept one most like it), tome; ours-1@240 is another seed than 239. One thread each.
+NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), merge-1 (each dropped token is averaged into the
+kept one most like it), attention-1 (EViT's rule, with its fused token), attention_dropped-1 (without), random-1,
+random_rest-1 (with our rest token); tome (untaught); ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import set_seed
@@ -45,12 +46,10 @@ class ClassAttention(nn.Module):
     def forward(self, x):
         q, k, _ = self.qkv.float().unflatten(-1, (3, self.heads, -1)).unbind(2)
         looks = torch.einsum('bhd,bnhd->bhn', q[:, 0]*q.shape[-1]**-.5, k).softmax(-1).mean(1)[:, 1:]
-        return full_tokens(x).__class__(**vars(full_tokens(x)) | dict(scores=looks/looks.amax(1, keepdim=True)))
+        return replace(full_tokens(x), scores=looks/looks.amax(1, keepdim=True))
 
 class Random(nn.Module):
-    def forward(self, x):
-        t = full_tokens(x)
-        return t.__class__(**vars(t) | dict(scores=torch.rand(x.shape[:2])))
+    def forward(self, x): return replace(full_tokens(x), scores=torch.rand(x.shape[:2]))
 
 class Dropped(nn.Module):
     "No rest token"
