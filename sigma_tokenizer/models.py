@@ -52,7 +52,7 @@ def list_pretrained()->list[str]:
     return sorted(p.name for p in _trained.iterdir() if p.is_dir())
 
 # %% ../nbs/09_models.ipynb #e4ff15da
-def _check_reduction(name, reduction, keep):
+def _check_reduction(name, reduction, keep, drop_after):
     if name not in _tokenizers:
         raise ValueError(f'name: got {name!r}; accepted: {", ".join(_tokenizers)}')
     gated = name.endswith('_gated')
@@ -63,6 +63,9 @@ def _check_reduction(name, reduction, keep):
         if gated: accepted = ', '.join(map(str, _reductions))
         raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
                          f'accepted: {accepted}')
+    if drop_after and not (gated or pooled):
+        raise ValueError(f'drop_after: got {drop_after}; accepted: 0, '
+                         f'as the tokens of {name} have no scores')
 
 def _make_tokenizer(name, kw, **args):
     "The tokenizer of that name; `args` are for all of them, `kw` its own"
@@ -104,9 +107,10 @@ class SigmaModel(
         in_chans:int=3,  # channels C of the images
         classes:list[str]|None=None,  # names, in the order of the logits
         normalize:bool|None=None,  # wants ImageNet-normalised images; None: by name
+        drop_after:int=0,  # blocks that see all tokens, before the budget
         **kw  # the tokenizer's own
     ):
-        _check_reduction(name, reduction, keep)
+        _check_reduction(name, reduction, keep, drop_after)
         if isinstance(image_size, (tuple, list)):
             image_size = image_size[0] if len({*image_size}) == 1 else list(image_size)
         tokenizer = _make_tokenizer(name, kw, image_size=image_size, embed_dim=embed_dim,
@@ -115,7 +119,7 @@ class SigmaModel(
             keep = (TopK if 'k' in keep else TopP)(**keep)
         super().__init__(tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
                          'learned' if name == 'vit' else 'sinusoidal', keep,
-                         _reductions[reduction](embed_dim))
+                         _reductions[reduction](embed_dim), drop_after)
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; '
                              f'accepted: {num_classes}, as num_classes says')
@@ -125,7 +129,8 @@ class SigmaModel(
         self._made_of = dict(name=name, image_size=image_size, embed_dim=embed_dim,
                              patch_size=patch_size, depth=depth, num_heads=num_heads,
                              mlp_ratio=mlp_ratio, drop_rate=drop_rate,
-                             reduction=reduction, in_chans=in_chans, **kw)
+                             reduction=reduction, in_chans=in_chans,
+                             drop_after=drop_after, **kw)
 
 # %% ../nbs/09_models.ipynb #955a58cd
 def _plain(v):

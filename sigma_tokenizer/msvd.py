@@ -58,9 +58,11 @@ class Gated(nn.Module):
             nn.Linear(hidden, 1))
 
     def forward(self,
-        x:Tensor  # images that the tokenizer takes
+        x:Tensor,  # images that the tokenizer takes
+        before=None  # Tokens -> Tokens, between the tokenizer and the scorer
     )->Tokens:  # scores (B, N) in (0, 1), float32 or better, and 0 at padding
         t = self.tokenizer(x)
+        if before: t = before(t)
         logits = self.scorer(t.x)[..., 0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.sigmoid().masked_fill(~t.mask, 0)

@@ -24,6 +24,7 @@ class Tokens:
     scores:Tensor|None  # (B, N) in [0, 1], 0 at padding; None without a scorer
     position:Tensor  # (B, N) int64 in the full sequence; -1: it sums up several
     padded:bool=True  # False promises that mask is all True
+    cls:Tensor|None=None  # (B, 1, D), class token, if it has been through blocks
 
     @property
     def lengths(self)->Tensor:  # (B,) int64

@@ -141,14 +141,19 @@ class VisionTransformer(nn.Module):
         drop_rate:float=.1,  # dropout, on the positions and inside the blocks
         pos_embed:str='sinusoidal',  # 'sinusoidal' or 'learned'
         keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all tokens
-        reduction:nn.Module|None=None  # (Tokens, budget) -> Tokens; None drops (select)
+        reduction:nn.Module|None=None,  # (Tokens, budget) -> Tokens; None drops (select)
+        drop_after:int=0  # blocks that see all tokens, before the budget
     ):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
             raise ValueError(f"pos_embed: got {pos_embed!r}; accepted: 'sinusoidal', 'learned'")
         check_int('depth', depth, 0); check_int('num_classes', num_classes, 0)
-        check_keep(keep)
+        check_keep(keep); check_int('drop_after', drop_after, 0)
+        if drop_after and drop_after >= depth:
+            raise ValueError(f'drop_after: got {drop_after}; accepted: '
+                             f'0 to {max(depth - 1, 0)}, as there are {depth} blocks')
         self.tokenizer, self.keep, self.reduction = tokenizer, keep, reduction
+        self.drop_after = drop_after
         dim, n = tokenizer.embed_dim, 1 + tokenizer.n_tokens
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)*.02)
         if pos_embed == 'learned': self.pos_embed = nn.Parameter(torch.randn(n, dim)*.02)
@@ -191,15 +196,40 @@ def resize_positions(
 def embed(self:VisionTransformer,
     x:Tensor  # (B, C, H, W) images
 )->Tokens:  # (B, N, D), every token of the tokenizer
-    "All tokens, with position vectors added; vector 0 is the class token's"
+    "All tokens, position vectors added, after the first `drop_after` blocks"
+    return self._embed(x)
+
+@patch
+def _embed(self:VisionTransformer, x, outputs=None):
     if self.training and torch.compiler.is_exporting():
         raise ValueError('export: got a model in training; '
                          'accepted: one in evaluation, `model.eval()`')
-    t, pos, grid = self.tokenizer(x), self.pos_embed, getattr(self.tokenizer, 'grid', None)
+    pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
     if grid:
         now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
         if now != grid: pos = resize_positions(pos, grid, now)
-    return replace(t, x=t.x + F.embedding(1 + t.position, pos))
+    def place(t): return replace(t, x=t.x + F.embedding(1 + t.position, pos))
+    if not self.drop_after: return place(self.tokenizer(x))
+    def first(t): return self._first_blocks(place(t), outputs)
+    if hasattr(self.tokenizer, 'scorer'): return self.tokenizer(x, first)
+    return first(self.tokenizer(x))
+
+@patch
+def _sequence(self:VisionTransformer, t):
+    "The class token and the tokens, (B, 1 + N, D), and their mask or None"
+    mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
+    if t.cls is not None: return torch.cat([t.cls, t.x], 1), mask
+    cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
+    return self.drop(torch.cat([cls, t.x], 1)), mask
+
+@patch
+def _first_blocks(self:VisionTransformer, t, outputs):
+    "Tokens and class token after the blocks that see all tokens"
+    x, mask = self._sequence(t)
+    for block in self.blocks[:self.drop_after]:
+        x = self.run_block(block, x, mask)
+        if outputs is not None: outputs.append(x)
+    return replace(t, x=x[:, 1:], cls=x[:, :1])
 
 # %% ../nbs/04_vit.ipynb #5cc8ba93
 @patch
@@ -209,7 +239,8 @@ def reduce(self:VisionTransformer,
 )->Tokens:
     "The tokens that the encoder reads at this budget"
     check_keep(keep)
-    return (self.reduction or select)(t, keep)
+    short = (self.reduction or select)(t, keep)
+    return short if t.cls is None else replace(short, cls=t.cls)
 
 # %% ../nbs/04_vit.ipynb #610c3c72
 @patch
@@ -217,9 +248,7 @@ def encode(self:VisionTransformer,
     t:Tokens  # of embed or reduce
 )->Tensor:  # (B, D)
     "The class token's output for these tokens, and no others"
-    cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
-    x = self.drop(torch.cat([cls, t.x], 1))
-    mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
+    (x, mask), blocks = self._sequence(t), self.blocks[self.drop_after:]
     if not self.blocks:
         if mask is None: return self.norm(x.mean(1))
         return self.norm((x*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
@@ -227,9 +256,10 @@ def encode(self:VisionTransformer,
     packed = x.device.type == 'cpu' and not torch.compiler.is_compiling()
     packed = packed and mask is not None
     if packed: x = x[mask]
-    for block in self.blocks[:-1]: x = self.run_block(block, x, mask)
+    for block in blocks[:-1]: x = self.run_block(block, x, mask)
     if packed: x = pad_tokens(x, mask)
-    return self.norm(self.run_block(self.blocks[-1], x, mask, True))[:, 0]
+    for block in blocks[-1:]: x = self.run_block(block, x, mask, True)
+    return self.norm(x[:, :1])[:, 0]
 
 @patch
 def run_block(self:VisionTransformer, block, x, mask, cls_only=False):
@@ -336,18 +366,22 @@ def forward_intermediates(self:VisionTransformer,
     if output_fmt not in ('NCHW', 'NLC') or maps and not grid:
         raise ValueError(f"output_fmt: got {output_fmt!r}; accepted: {'NCHW, '*bool(grid)}NLC")
     take, n = _taken(indices, len(self.blocks)), math.prod(grid) if grid else n_tokens
-    t = self.reduce(self.embed(x), self.keep if keep == 'default' else keep)
-    cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
-    y, found = self.drop(torch.cat([cls, t.x], 1)), {}
-    mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
-    at_place = replace(t, mask=t.mask & (t.position >= 0))
-    for i, block in enumerate(self.blocks[:max(take) + 1] if stop_early else self.blocks):
+    outputs = []
+    full = self._embed(x, outputs)
+    short = self.reduce(full, self.keep if keep == 'default' else keep)
+    y, mask = self._sequence(short)
+    blocks = self.blocks[:max(take) + 1] if stop_early else self.blocks
+    for block in blocks[self.drop_after:]:
         y = self.run_block(block, y, mask)
-        if i in take:
-            z = self.norm(y) if norm else y
-            m = scatter_tokens(replace(at_place, x=z[:, 1:]), n).x
-            found[i] = m.mT.unflatten(2, grid).contiguous() if maps else m, z[:, :1]
-    features = [found[i] if return_prefix_tokens else found[i][0] for i in take]
+        outputs.append(y if len(outputs) in take else None)
+    def feature(i):
+        t, z = full if i < self.drop_after else short, outputs[i]
+        if norm: z = self.norm(z)
+        at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
+        m = scatter_tokens(at_place, n).x
+        if maps: m = m.mT.unflatten(2, grid).contiguous()
+        return (m, z[:, :1]) if return_prefix_tokens else m
+    features = [feature(i) for i in take]
     return features if intermediates_only else (self.norm(y), features)
 
 # %% ../nbs/04_vit.ipynb #6498f0fc

@@ -20,6 +20,7 @@ small = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 reductions = [('msvd_gated', dict(reduction=r)) for r in ('rest', 'layer_rest', 'merge')]
 variants = [*((name, {}) for name in list_models()), *reductions,
             ('msvd', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
+            ('msvd_gated', dict(reduction='rest', drop_after=1)), ('vit_conv', dict(reduction='pool', drop_after=1)),
             ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')), ('fft', dict(cut='patches', energy=.95)),
             ('fft', dict(cut='radial_bins', filter_size=16)), ('svd', dict(energy=.99, criterion='linear')),
             # padded tokens with scores, which `create_model` does not make
