@@ -25,7 +25,7 @@ variants = [*((name, {}) for name in list_models()), *reductions,
             ('fft', dict(cut='radial_bins', filter_size=16)), ('svd', dict(energy=.99, criterion='linear')),
             # padded tokens with scores, which `create_model` does not make
             *((name, dict(reduction=r)) for name in ('gated fft', 'gated svd') for r in (None, 'rest', 'layer_rest', 'merge'))]
-def label(variant): return ' '.join([variant[0], *map(str, variant[1].values())])
+def label(variant): return ' '.join([variant[0], *(f'{k}={v}' if k == 'drop_after' else str(v) for k, v in variant[1].items())])
 
 def make(name, **kw):
     if name in list_models(): return create_model(name, **small | kw)
