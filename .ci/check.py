@@ -15,7 +15,7 @@ root, write, wrong = Path(__file__).resolve().parent.parent, '--write' in sys.ar
 
 def check_rows(folder):
     "Each result is a run of its preset, of one data set and a commit; its rows are what its predictions give"
-    results, runs = load_results(folder), plan(load_preset(folder.name))
+    results, runs = load_results(folder), plan(load_preset(re.sub(r'_\d+$', '', folder.name)))  # small_long_60: 60 epochs
     for r in results:
         path = result_path(folder, r['run'], r['seed']); said = load_predictions(path)
         if (r['run'], r['seed']) not in runs: wrong.append(f'{path}: not a run of the preset {folder.name}')
