@@ -204,11 +204,12 @@ def _embed(self:VisionTransformer, x, outputs=None):
     if self.training and torch.compiler.is_exporting():
         raise ValueError('export: got a model in training; '
                          'accepted: one in evaluation, `model.eval()`')
-    pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
-    if grid:
-        now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
-        if now != grid: pos = resize_positions(pos, grid, now)
-    def place(t): return replace(t, x=t.x + F.embedding(1 + t.position, pos))
+    def place(t):
+        pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
+        if grid:
+            now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
+            if now != grid: pos = resize_positions(pos, grid, now)
+        return replace(t, x=t.x + F.embedding(1 + t.position, pos))
     if not self.drop_after: return place(self.tokenizer(x))
     def first(t): return self._first_blocks(place(t), outputs)
     if hasattr(self.tokenizer, 'scorer'): return self.tokenizer(x, first)
