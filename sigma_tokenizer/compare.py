@@ -9,7 +9,7 @@ __all__ = ['chart_style', 'load_experiments', 'run_rows', 'reported', 'metrics',
            'plot_confusion', 'write_summary']
 
 # %% ../nbs/12_compare.ipynb #23007dd5
-import json, re, textwrap, tomllib
+import json, math, re, textwrap, tomllib
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -64,6 +64,8 @@ def run_rows(
     "The rows that a run's model is evaluated for; of equal budgets the last one"
     e, rows = load_experiments()[run], {}
     for row in e['rows']:
+        # class token, rest token and one more: no mean is shorter
+        if row.get('mean_length', math.inf)*n_tokens/256 < 3: continue
         words, keep = _budget(e, row, n_tokens)
         name = ', '.join(filter(None, [e['title'], words]))
         rows[name] = name, keep, row if 'reported' in row else None
@@ -161,7 +163,9 @@ def result_table(
     "A line for each row that was run, in the order of `experiments.toml`"
     runs = list(load_experiments())
     order = lambda r: runs.index(r['run']) if r['run'] in runs else len(runs)
-    rows = [{'seed': r['seed'], 'reported': ''} | row
+    def read(r):  # a model without a Transformer reads no tokens
+        return {'mean_length': None} if r['config']['model'].get('depth') == 0 else {}
+    rows = [{'seed': r['seed'], 'reported': ''} | row | read(r)
             for r in sorted(results, key=order) for row in r['rows']]
     columns = ['row', 'seed', 'accuracy', 'f1', 'mean_length', 'reported']
     by_row = pd.DataFrame(rows, columns=columns).groupby('row', sort=False)
