@@ -7,6 +7,7 @@ __all__ = ['Scorer', 'Budgeted', 'budgeted', 'teach']
 
 # %% ../nbs/18_budget.ipynb #ed368ea0
 from dataclasses import asdict, replace
+from pathlib import Path
 from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
@@ -230,7 +231,7 @@ def teach(
     weight:float=1.,  # share of the full pass's answer, not the label, for the short pass
     wd:float=.05,  # weight decay
     precision:str='float32',  # of the forward pass: 'float32' or 'bfloat16'
-    **checkpoint  # as in train: path, made_of, deadline, after
+    path:str|Path=None  # a checkpoint to keep, and to go on from
 )->list[dict]:  # epoch, train_loss, train_accuracy (of the full pass), seconds
     "Train a model for its budgets"
     if not isinstance(model, Budgeted):
@@ -242,7 +243,7 @@ def teach(
         if freeze and n.split('.')[0] not in ('scorer', 'rest'): p.requires_grad_(False)
     try:
         learn = create_learner(model, dls, wd, cbs)
-        return train(learn, epochs, lr, 'one_cycle', **checkpoint)
+        return train(learn, epochs, lr, 'one_cycle', path=path)
     finally:
         for n, p in model.named_parameters(): p.requires_grad_(learns[n])
         model.eval()

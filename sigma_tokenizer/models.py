@@ -122,7 +122,7 @@ class SigmaModel(
                          _reductions[reduction](embed_dim), drop_after)
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; '
-                             f'accepted: {num_classes}, as num_classes says')
+                             f'accepted: {num_classes}, the num_classes')
         self.classes = None if classes is None else [str(c) for c in classes]
         if normalize is None: normalize = name != 'fft' and in_chans == 3
         self.normalize = normalize
