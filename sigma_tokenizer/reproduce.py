@@ -192,6 +192,29 @@ def _rows(run, config):
     return [(name, keep, was and was['reported']) for name, keep, was in
             run_rows(run, (m['image_size']//m['patch_size'])**2)]
 
+# %% ../nbs/13_reproduce.ipynb #8e1af07d
+def _new_model(config, data, device):
+    "A run's model, untrained"
+    own = dict(num_classes=len(data.classes), classes=data.classes)
+    own['normalize'] = config['normalize']
+    model = create_model(**config['model'] | own).to(device)
+    if config['train']['compile']:
+        torch.compiler.reset()
+        # all blocks in one program: less work for the host at each step
+        model.encode = torch.compile(model.encode)
+        for part in model.modules():
+            if isinstance(part, ConvStem): part.compile()
+    return model
+
+def _evaluated(model, test, loaders, keeps, seed, precision):
+    "What `evaluate` gives at these budgets; a number is a mean length"
+    def calibrated(length):  # on the same windows, wherever training was resumed
+        set_seed(seed, reproducible=True)
+        return calibrate(model, loaders(), length, precision)
+    with torch.compiler.set_stance('force_eager'):  # each budget would be a new program
+        budgets = [calibrated(k) if isinstance(k, float) else k for k in keeps]
+        return evaluate(model, test, budgets, precision)
+
 # %% ../nbs/13_reproduce.ipynb #a2b2d532
 def run_once(
     run:str,  # a run of experiments.toml
@@ -213,14 +236,7 @@ def run_once(
                              t.get('augment', 'crop'))
     set_seed(seed, reproducible=True)
     dls = loaders()
-    own = dict(num_classes=dls.c, classes=data.classes, normalize=config['normalize'])
-    model = create_model(**config['model'] | own).to(device)
-    if t['compile']:
-        torch.compiler.reset()
-        # all blocks in one program: less work for the host at each step
-        model.encode = torch.compile(model.encode)
-        for part in model.modules():
-            if isinstance(part, ConvStem): part.compile()
+    model = _new_model(config, data, device)
     # every run of the tables decays all parameters
     learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)
     names, keeps, reported = zip(*_rows(run, config))
@@ -237,12 +253,7 @@ def run_once(
     trained = time.perf_counter()
     on_gpu = torch.device(device).type == 'cuda'
     precision = t['precision'] if on_gpu else 'float32'  # a CPU gains little
-    def calibrated(length):  # on the same windows, wherever training was resumed
-        set_seed(seed, reproducible=True)
-        return calibrate(model, loaders(), length, precision)
-    with torch.compiler.set_stance('force_eager'):  # each budget would be a new program
-        budgets = [calibrated(k) if isinstance(k, float) else k for k in keeps]
-        said, scores = evaluate(model, dls.valid, budgets, precision)
+    said, scores = _evaluated(model, dls.valid, loaders, keeps, seed, precision)
     labels = said['labels']
     rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(labels, p, l))
             for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]

@@ -386,16 +386,16 @@ def evaluate(
     return said, torch.cat(scores).numpy() if scores else None
 
 # %% ../nbs/11_training.ipynb #d08bf720
-def _for_length(model, dls, mean_length):
+def _for_length(model, batches, mean_length):
     "TopP with this mean length over the training images"
-    seen = [(t.scores, t.mask) for t in (model.embed(x) for x, *_ in dls.train)]
+    seen = [(t.scores, t.mask) for t in map(model.embed, batches())]
     if seen[0][0] is None:
         raise ValueError(f'model: got {type(model.tokenizer).__name__}; '
                          'accepted: a model whose tokenizer has scores')
     width = max(mask.shape[1] for _, mask in seen)
     padded = lambda part: F.pad(part.cpu(), (0, width - part.shape[1]))
     scores, mask = (torch.cat([padded(part) for part in parts]) for parts in zip(*seen))
-    few = model.embed(next(iter(dls.train))[0])
+    few = model.embed(next(batches()))
     # beside what is kept: the class token, and a rest token if there is one
     first = getattr(model, 'num_prefix_tokens', 1)
     added = first + model.reduce(few, TopK(1)).lengths[0].item() - 1
@@ -452,7 +452,9 @@ def calibrate(
                          'accepted: one of them')
     check_int('batch_size', batch_size)
     model.eval()
-    with autocast(next(model.parameters()).device, precision):
-        if mean_length is not None: return _for_length(model, dls, mean_length)
-        images = next(iter(dls.train))[0]
+    device = next(model.parameters()).device
+    batches = lambda: (x.to(device) for x, *_ in dls.train)
+    with autocast(device, precision):
+        if mean_length is not None: return _for_length(model, batches, mean_length)
+        images = next(batches())
         return _for_time(model, images[torch.arange(batch_size) % len(images)], latency_ms)
