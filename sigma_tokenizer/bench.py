@@ -275,7 +275,8 @@ def sigma_bench(
     try:
         settings, sizes = load_preset(preset), [int(b) for b in batches.split(',')]
         for b in (*sizes, repeats): check_int('batches, repeats', b)
-        size, context = settings['model'], autocast(device, precision)
+        size = {k: v for k, v in settings['model'].items() if not isinstance(v, dict)}
+        context = autocast(device, precision)
         images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
         torch.manual_seed(0); models = bench_models(size, images[:8], methods)
         if not models:

@@ -70,7 +70,8 @@ class Budgeted:
     def config(self)->dict:
         "What an exported file says of the model"
         first = next(m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d))
-        return dict(name='timm', architecture=self.pretrained_cfg.get('architecture'),
+        known = getattr(self, 'pretrained_cfg', {})  # only of timm.create_model
+        return dict(name='timm', architecture=known.get('architecture'),
                     image_size=list(self.patch_embed.img_size),
                     in_chans=first.in_channels, num_classes=self.num_classes,
                     after=self.after, keep=self.keep and asdict(self.keep))

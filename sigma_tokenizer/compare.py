@@ -11,6 +11,8 @@ __all__ = ['chart_style', 'load_experiments', 'run_rows', 'reported', 'metrics',
 # %% ../nbs/12_compare.ipynb #23007dd5
 import json, math, re, textwrap, tomllib
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -27,10 +29,14 @@ from .select import TopK, TopP
 from .data import replaced
 
 # %% ../nbs/12_compare.ipynb #ba6701d0
+@cache
+def _read_experiments():
+    text = (files('sigma_tokenizer')/'experiments.toml').read_text('utf-8')
+    return tomllib.loads(text)
+
 def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
     "Every training run of the tables, with the reported figures (`experiments.toml`)"
-    text = (files('sigma_tokenizer')/'experiments.toml').read_text('utf-8')
-    experiments = tomllib.loads(text)
+    experiments = deepcopy(_read_experiments())
     for e in experiments.values():
         more = [{b: v} for b in ('k', 'mean_length') for v in e.pop(b, [])]
         e.setdefault('rows', [{}, *more])

@@ -62,7 +62,7 @@ class ImageData:
     classes:list  # class names, in the order of the labels
     train:Split  # images larger than the model's input, for random crops
     test:Split  # images of the model's input size
-    fingerprint:str  # of the files' bytes, the same at every image size
+    fingerprint:str  # of the files' names in their split, and bytes; the same at every size
     left_out:list=field(default_factory=list)  # (file, reason) of each unreadable image
     in_both:list=field(default_factory=list)  # (training, test file) with equal pixels
     flip:bool=True  # does a mirrored image keep its label?
@@ -132,12 +132,12 @@ def decode(
     return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), digest
 
 # %% ../nbs/10_data.ipynb #95f8d6ef
-def _cached(root, files, side):
+def _cached(root, folder, files, side):
     "(n, S, S, 3) uint8 of the readable files; a dict: kept, left_out, pixels, digest"
     facts = 'st_size', 'st_mtime_ns', 'st_ctime_ns'
     stat = lambda f: [getattr(f.stat(), s) for s in facts]
     stats = [(str(f.relative_to(root)), f.exists() and stat(f)) for f in files]
-    version = 4  # raise it when decode or the cache's files change
+    version = 5  # raise it when decode or the cache's files change
     key = json.dumps([version, str(root.resolve()), side, stats]).encode()
     cache = xdg_cache_home()/'sigma_tokenizer'/hashlib.sha256(key).hexdigest()[:32]
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _cached(root, files, side):
             shutil.rmtree(cache, ignore_errors=True)
         part = cache.with_suffix('.part')  # a killed process may have left one
         shutil.rmtree(part, ignore_errors=True); part.mkdir()
-        try: _decode_all(root, files, side, part); part.rename(cache)
+        try: _decode_all(root, folder, files, side, part); part.rename(cache)
         finally: shutil.rmtree(part, ignore_errors=True)
         return _load(cache, side)
 
@@ -157,19 +157,20 @@ def _load(cache, side):
     return images.reshape(len(meta['kept']), side, side, 3), meta
 
 # %% ../nbs/10_data.ipynb #7f90ae4a
-def _decode_all(root, files, side, out):
+def _decode_all(root, folder, files, side, out):
     digest, kept, pixels, left_out = hashlib.sha256(), [], [], []
     def work(f):
         got = decode(f, side)
         raw = b'' if isinstance(got, str) else f.read_bytes()
-        return str(f.relative_to(root)), got, raw
+        name = os.fsencode(f.relative_to(folder).as_posix())
+        return str(f.relative_to(root)), got, name + b'\0' + hashlib.sha256(raw).digest()
     print(f'decoding {len(files)} images to {side} pixels, this once')
     with (ThreadPoolExecutor(os.cpu_count()) as pool,
           closing(pool.map(work, files)) as done,
           open(out/'images.bin', 'wb') as images):
         if sys.stdout.isatty(): done = progress_bar(done, total=len(files), leave=False)
-        for i, (name, got, raw) in enumerate(done):
-            digest.update(os.fsencode(name) + b'\0' + hashlib.sha256(raw).digest())
+        for i, (name, got, facts) in enumerate(done):
+            digest.update(facts)
             if isinstance(got, str): left_out.append((name, got))
             else: images.write(got[0]); kept.append(i); pixels.append(got[1])
     if not kept:
@@ -184,7 +185,7 @@ def _read_split(root, folder, classes, side):
     found = make_dataset(folder, index, (*IMG_EXTENSIONS, '.gif'), allow_empty=True)
     hidden = lambda f: any(p[0] == '.' for p in Path(f).relative_to(folder).parts)
     found = [f for f in found if not hidden(f[0])]
-    images, meta = _cached(root, [Path(f) for f, _ in found], side)
+    images, meta = _cached(root, folder, [Path(f) for f, _ in found], side)
     files, labels = zip(*[found[i] for i in meta['kept']])
     if gone := {*classes} - {classes[i] for i in labels}:
         gone = ", ".join(sorted(gone))
@@ -213,6 +214,8 @@ def folder_data(
     classes, others = map(_classes, dirs)
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
+    if odd := [c for c in classes if not c.isprintable()]:
+        raise ValueError(f'data: got a class {odd[0]!r}; accepted: names that can be printed')
     sides = train_side(image_size), image_size
     (train, a), (test, b) = (_read_split(path, d, classes, side)
                              for d, side in zip(dirs, sides))

@@ -28,7 +28,7 @@ _onnx = 'vit', 'vit_conv', 'vit_conv_gated', 'msvd', 'msvd_gated', 'timm'
 
 def export_onnx(
     model:SigmaModel,  # or what budgeted returns; its keep becomes part of the graph
-    path:str|Path,  # the file: images (B, 3, M, M) to logits (B, num_classes), any B
+    path:str|Path,  # the file: images (B, C, H, W) to logits (B, num_classes), any B
     atol:float=1e-4  # largest accepted difference of a logit
 )->float:  # the largest difference found
     "Write an ONNX file with `model.config` as metadata, if onnxruntime gives the same logits"

@@ -59,7 +59,8 @@ def _check_reduction(name, reduction, keep, drop_after):
     # pooling needs a grid, but no scores
     pooled = reduction == 'pool' and name not in ('fft', 'svd')
     if reduction not in _reductions or not (gated or pooled) and (reduction or keep):
-        accepted = f'None, as the tokens of {name} have no scores'
+        pool = "None or 'pool'" if name not in ('fft', 'svd') else 'None'
+        accepted = f'{pool}, as the tokens of {name} have no scores'
         if gated: accepted = ', '.join(map(str, _reductions))
         raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
                          f'accepted: {accepted}')
@@ -77,8 +78,8 @@ def _make_tokenizer(name, kw, **args):
     if unknown := set(kw) - set(own):
         raise ValueError(f'{", ".join(sorted(unknown))}: '
                          f'not an argument of {name}; its own are {own}')
-    patch_grid(size, args['patch_size'])
     if name == 'svd': args.pop('patch_size')
+    else: patch_grid(size, args['patch_size'])
     tokenizer = make(**args, **kw)
     return Gated(tokenizer) if name.endswith('_gated') else tokenizer
 
@@ -98,7 +99,7 @@ class SigmaModel(
         num_classes:int=6,  # classes; 0 for no head: the features come out
         embed_dim:int=768,  # width D of a token
         patch_size:int=16,  # side of one token's square, in pixels, a divisor of M
-        depth:int=12,  # Transformer blocks; 0: the mean of the tokens
+        depth:int=12,  # Transformer blocks; 0: the mean of class token and tokens
         num_heads:int=12,  # attention heads, a divisor of D
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of D
         drop_rate:float=.1,  # dropout inside the encoder
@@ -122,7 +123,8 @@ class SigmaModel(
                          _reductions[reduction](embed_dim), drop_after)
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; '
-                             f'accepted: {num_classes}, the num_classes')
+                             f'accepted: {num_classes}, the num_classes (for others, '
+                             'reset_classifier)')
         self.classes = None if classes is None else [str(c) for c in classes]
         if normalize is None: normalize = name != 'fft' and in_chans == 3
         self.normalize = normalize
@@ -142,8 +144,8 @@ def _plain(v):
 def config(self:SigmaModel)->dict:
     "The arguments that make this model, as JSON takes them"
     return _plain(self._made_of | dict(
-        num_classes=self.num_classes, keep=self.keep and asdict(self.keep),
-        classes=self.classes, normalize=self.normalize))
+        num_classes=self.num_classes, depth=len(self.blocks),
+        keep=self.keep and asdict(self.keep), classes=self.classes, normalize=self.normalize))
 
 @patch
 def reset_classifier(self:SigmaModel, num_classes, global_pool=None):

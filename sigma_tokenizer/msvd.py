@@ -38,7 +38,7 @@ class MSVDTokenizer(nn.Module):
     )->Tokens:  # N = H/p W/p, row by row
         check_images(x, self, self.in_chans, multiple=self.patch_size)
         pairs = torch.cat([self.u(x), self.v(x)], 1)
-        return full_tokens(self.proj(pairs.flatten(2).mT))
+        return full_tokens(self.proj(pairs.flatten(2).mT), pairs.shape[2:])
 
 # %% ../nbs/07_msvd.ipynb #783a37df
 class Gated(nn.Module):
@@ -51,8 +51,8 @@ class Gated(nn.Module):
         check_int('hidden', hidden)
         self.tokenizer = tokenizer
         self.embed_dim, self.n_tokens = tokenizer.embed_dim, tokenizer.n_tokens
-        if hasattr(tokenizer, 'grid'):
-            self.grid, self.patch_size = tokenizer.grid, tokenizer.patch_size
+        for name in ('grid', 'patch_size'):
+            if hasattr(tokenizer, name): setattr(self, name, getattr(tokenizer, name))
         self.scorer = nn.Sequential(
             nn.Linear(self.embed_dim, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(),
             nn.Linear(hidden, 1))

@@ -47,7 +47,7 @@ class RestToken(nn.Module):
         padded = exporting or short.padded or not (known or bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),
                       F.pad(short.scores, (1, 0)),
-                      F.pad(short.position, (1, 0), value=-1), padded)
+                      F.pad(short.position, (1, 0), value=-1), padded, t.cls)
 
 # %% ../nbs/08_reduce.ipynb #eeb1c53e
 class MergeDropped(nn.Module):
@@ -64,26 +64,28 @@ class MergeDropped(nn.Module):
         like = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
         to = like.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
         own = (kept.cumsum(1) - 1).clamp(min=0)  # a kept token's place among the kept
-        weight = F.one_hot(torch.where(kept, own, to), short.x.shape[1])
-        weight = weight.to(t.x.dtype)*t.mask[..., None]
+        places = torch.arange(short.x.shape[1], device=own.device)
+        weight = torch.where(kept, own, to)[..., None] == places
+        weight = (weight & t.mask[..., None]).to(t.x.dtype)
         return replace(short, x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
 
 # %% ../nbs/08_reduce.ipynb #b0cce3ff
 class GridPool(nn.Module):
     "The means of the tokens over s x s cells, s^2 the largest square within the budget"
     def forward(self,
-        t:Tokens,  # a square grid of tokens, row by row, without padding
+        t:Tokens,  # N of a grid, row by row, without padding; a square if t.grid is None
         keep:TopK|None  # the budget
     )->Tokens:  # s^2 tokens, at position -1, without scores
         check_keep(keep)
         if isinstance(keep, TopP) or keep == TopK(0):
             raise ValueError(f'keep: got {keep}; '
                              'accepted: TopK(k), k >= 1, as cells have no scores')
-        side = math.isqrt(t.x.shape[1])
-        if t.padded or side**2 != t.x.shape[1]:
-            padded = ', padded' if t.padded else ''
-            raise ValueError(f'tokens: got {t.x.shape[1]}{padded}; '
-                             'accepted: a square grid of tokens')
-        if keep is None or (s := math.isqrt(keep.k)) >= side: return t
-        x = F.adaptive_avg_pool2d(t.x.mT.unflatten(2, (side, side)), s).flatten(2).mT
-        return replace(full_tokens(x), position=t.position.new_full(x.shape[:2], -1))
+        n = t.x.shape[1]; grid = t.grid or (math.isqrt(n), math.isqrt(n))
+        if t.padded or math.prod(grid) != n:
+            raise ValueError(f'tokens: got {n}{", padded"*t.padded}; '
+                             'accepted: a grid of tokens, a square if t.grid is None')
+        if keep is None or keep.k >= n: return t
+        s = min(math.isqrt(keep.k), *grid)
+        x = F.adaptive_avg_pool2d(t.x.mT.unflatten(2, grid), s).flatten(2).mT
+        return replace(t, x=x, mask=x.new_ones(x.shape[:2], dtype=torch.bool), scores=None,
+                       position=t.position.new_full(x.shape[:2], -1), grid=(s, s))

@@ -7,10 +7,11 @@ __all__ = ['Preset', 'list_presets', 'load_preset', 'run_config', 'plan', 'prove
            'sigma_reproduce']
 
 # %% ../nbs/13_reproduce.ipynb #b57a6491
-import hashlib, json, math, os, shutil, subprocess, sys, time, tomllib, traceback
+import hashlib, json, math, os, random, shutil, subprocess, sys, time, tomllib, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from importlib.resources import files
 from multiprocessing import (active_children, connection, current_process, get_context,
@@ -52,10 +53,13 @@ _training = dict(epochs=_Positive, batch_size=_Positive,
 _Own = TypedDict('_Own', _training, total=False)  # of one method alone
 _Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
 _Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
+_more = dict(embed_dim=int, depth=int, num_heads=int, mlp_ratio=float, drop_rate=float)
+_more |= {run: dict[str, int|float] for run in load_experiments()}  # of one run alone
+_Model = TypedDict('_Model', dict(image_size=_Positive, patch_size=_Positive) |
+                   {k: NotRequired[t] for k, t in _more.items()})
 Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed],
-                                  repeat=_Repeat, train=_Train,
-                                  model=dict[str, int|float|dict[str, int|float]]))
-for t in (_Own, _Train, _Repeat, Preset): t.__pydantic_config__ = _strict
+                                  repeat=_Repeat, train=_Train, model=_Model))
+for t in (_Own, _Train, _Repeat, _Model, Preset): t.__pydantic_config__ = _strict
 
 # %% ../nbs/13_reproduce.ipynb #5ac00877
 def list_presets()->list[str]:
@@ -125,43 +129,51 @@ def plan(
                  if run in runs]
     if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; '
                                   'accepted: at least one of each')
-    return todo
+    return list(dict.fromkeys(todo))
 
 # %% ../nbs/13_reproduce.ipynb #0424f7ef
+@cache  # of the code that runs, whatever happens to the files later
+def _commit():
+    "The commit of the package's code, None if that is not known"
+    source = metadata.distribution('sigma_tokenizer').read_text('direct_url.json')
+    source, here = json.loads(source or '{}'), Path(str(files('sigma_tokenizer')))
+    if 'vcs_info' in source: return source['vcs_info']['commit_id']
+    folder = Path(url2pathname(urlparse(source.get('url', '')).path))
+    where = here.parent if (here.parent/'.git').exists() else folder
+    if not (shutil.which('git') and (where/'.git').exists()): return None
+    if _code_digest(where/'sigma_tokenizer') != _code_digest(here): return None
+    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40',
+                '--exclude=*']
+    said = subprocess.run(describe, capture_output=True, text=True).stdout
+    return said.strip() or None
+
+@cache
+def _code_digest(folder):
+    "Of what the package runs: a run goes on only with the code that it began with"
+    source = sorted([*folder.rglob('*.py'), folder/'experiments.toml'])
+    return hashlib.sha256(b''.join(p.read_bytes() for p in source)).hexdigest()[:16]
+
 def provenance(
     device:str  # 'cpu', 'cuda', ...
 )->dict:  # commit, versions, device
     "What made the numbers"
-    here = Path(str(files('sigma_tokenizer'))).parent
-    source = metadata.distribution('sigma_tokenizer').read_text('direct_url.json')
-    url = json.loads(source or '{}').get('url', '')
-    where = here if (here/'.git').exists() else Path(url2pathname(urlparse(url).path))
-    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40',
-                '--exclude=*']
-    commit = ''
-    if shutil.which('git') and (where/'.git').exists():
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     packages = ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn',
                 'numpy', 'pillow')
     versions = {p: metadata.version(p) for p in packages}
     if torch.device(device).type == 'cuda': name = torch.cuda.get_device_name(device)
     else: name = f'{device}, {torch.get_num_threads()} threads'
     versions = dict(python=sys.version.split()[0], **versions)
-    return dict(commit=commit or None, versions=versions, device=name)
-
-def _code_digest():
-    "Of the package's files: a run goes on only with the code that it began with"
-    here = Path(str(files('sigma_tokenizer')))
-    source = sorted([*here.rglob('*.py'), *here.rglob('*.toml')])
-    return hashlib.sha256(b''.join(p.read_bytes() for p in source)).hexdigest()[:16]
+    return dict(commit=_commit(), versions=versions, device=name)
 
 def _describe(data):
     "What a result file says of its data"
+    # a name of other bytes than UTF-8 has no JSON
+    legible = lambda s: s.encode('utf-8', 'backslashreplace').decode()
     both = dict(in_both=len(data.in_both)) if data.evaluated == 'test' else {}
     return dict(name=data.name, evaluated=data.evaluated, classes=data.classes,
                 train=len(data.train), test=len(data.test),
                 fingerprint=data.fingerprint, left_out=len(data.left_out),
-                unreadable=[list(u) for u in data.left_out[:20]], **both)
+                unreadable=[[*map(legible, u)] for u in data.left_out[:20]], **both)
 
 # %% ../nbs/13_reproduce.ipynb #b2cf22f7
 def score_summary(
@@ -206,14 +218,15 @@ def _new_model(config, data, device):
             if isinstance(part, ConvStem): part.compile()
     return model
 
-def _evaluated(model, test, loaders, keeps, seed, precision):
+def _evaluated(model, dls, keeps, seed, precision):
     "What `evaluate` gives at these budgets; a number is a mean length"
     def calibrated(length):  # on the same windows, wherever training was resumed
         set_seed(seed, reproducible=True)
-        return calibrate(model, loaders(), length, precision)
+        dls.train.rng = random.Random(random.randrange(2**32))
+        return calibrate(model, dls, length, precision)
     with torch.compiler.set_stance('force_eager'):  # each budget would be a new program
         budgets = [calibrated(k) if isinstance(k, float) else k for k in keeps]
-        return evaluate(model, test, budgets, precision)
+        return evaluate(model, dls.valid, budgets, precision)
 
 # %% ../nbs/13_reproduce.ipynb #a2b2d532
 def run_once(
@@ -223,19 +236,17 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # of time.time(): no epoch begins that would end later
+    deadline:float=math.inf,  # of time.time(): no epoch but the first begins that would end later
     folder:Path=None  # where to keep the trained model
 )->tuple[dict, dict]|None:  # result and predictions for save_result; None: out of time
     "Train one model and evaluate it for all its rows"
-    # before training: the files may change while it lasts
     source, t = provenance(device), config['train']
-    made_of = json.dumps([run, config, seed, _describe(data), _code_digest(),
+    code = _code_digest(Path(str(files('sigma_tokenizer'))))
+    made_of = json.dumps([run, config, seed, _describe(data), code,
                           source['versions'], source['device']])
-    def loaders():
-        return image_loaders(data, t['batch_size'], config['normalize'], device,
-                             t.get('augment', 'crop'))
     set_seed(seed, reproducible=True)
-    dls = loaders()
+    dls = image_loaders(data, t['batch_size'], config['normalize'], device,
+                        t.get('augment', 'crop'))
     model = _new_model(config, data, device)
     # every run of the tables decays all parameters
     learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)
@@ -253,7 +264,7 @@ def run_once(
     trained = time.perf_counter()
     on_gpu = torch.device(device).type == 'cuda'
     precision = t['precision'] if on_gpu else 'float32'  # a CPU gains little
-    said, scores = _evaluated(model, dls.valid, loaders, keeps, seed, precision)
+    said, scores = _evaluated(model, dls, keeps, seed, precision)
     labels = said['labels']
     rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(labels, p, l))
             for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]
@@ -302,7 +313,7 @@ def _begin_worker(threads):
 def _logged(job):
     "`_run_job`, with what it prints in a log beside its result"
     log = result_path(job['out'], job['run'], job['seed']).with_suffix('.log')
-    with open(log, 'a') as f, redirect_stdout(f), redirect_stderr(f):
+    with open(log, 'a', encoding='utf-8', errors='backslashreplace') as f, redirect_stdout(f), redirect_stderr(f):
         try: return _run_job(**job)
         except Exception as e:
             traceback.print_exc()
@@ -319,11 +330,10 @@ def _run_jobs(todo, jobs=1):
         for i, job in enumerate(todo, 1):
             print(f'\n[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}', flush=True)
             try: done = _run_job(**job)
-            except (ValueError, ArithmeticError, RuntimeError, OSError) as e:
-                fails(job, e)
+            except Exception as e: fails(job, e)
             else: yield job, done
     else:
-        threads = max(1, (os.cpu_count() or 1)//jobs)
+        threads = max(1, torch.get_num_threads()//jobs)
         spawn = get_context('spawn')
         pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (threads,))
         try:
@@ -346,7 +356,7 @@ def reproduce(
     epochs:int=None,  # the preset's if None
     holdout:float=None,  # evaluate on this share of the training images: for choices
     device:str=None,  # a GPU if there is one, if None
-    out:str=None,  # folder of the results; runs/PRESET if None
+    out:str=None,  # folder of the results; runs/PRESET if None, with epochs runs/PRESET_EPOCHS
     jobs:int=1,  # trainings side by side
     minutes:float=None,  # stop in time, evaluation included; the next call goes on
     check:bool=False,  # instead: two steps of every run at full size, and no results
@@ -354,15 +364,16 @@ def reproduce(
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
     start, settings = time.time(), load_preset(preset)
-    out = Path(out or f'runs/{Path(preset).stem}')
+    out = Path(out or f'runs/{Path(preset).stem}' + f'_{epochs}'*(epochs is not None))
     todo = plan(settings, methods, seeds)
-    configs = {run: run_config(settings, run, epochs) for run, _ in todo}
+    configs = {run: run_config(settings, run, epochs) for run in load_experiments()}
     check_int('jobs', jobs)
+    if minutes is not None: check_number('minutes', minutes, '> 0', lambda m: m > 0)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     data = data or settings['data']
     torch.ones(1, device=device)  # is it there?
     with torch.device('meta'):  # a model that cannot be made fails before all training
-        for config in configs.values(): create_model(**config['model'])
+        for run in {run for run, _ in todo}: create_model(**configs[run]['model'])
     dataset = load_data(data, settings['model']['image_size'])
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, '
@@ -391,7 +402,7 @@ def _all_runs(todo, configs, dataset, out, jobs, common):
     check, start = common['check'], time.time()
     for there in load_results(out):
         _check_same(there, configs.get(there['run']), dataset, out)
-    if check: missing = [(run, todo[0][1]) for run in configs]
+    if check: missing = [(run, todo[0][1]) for run in dict.fromkeys(r for r, _ in todo)]
     else:
         for part in out.glob('.*.part'):  # of a killed process
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -406,7 +417,8 @@ def _all_runs(todo, configs, dataset, out, jobs, common):
         if check or not done: continue
         result = load_result(result_path(out, job['run'], job['seed']))
         print('\n'.join(['', *table_lines(result_table([result]))]), flush=True)
-        write_summary(out)
+        try: write_summary(out)
+        except OSError as e: print(f'no table yet: {e}', flush=True)  # open elsewhere?
     minutes = (time.time() - start)/60
     if check:
         print(f'\nall runs work here; {minutes:.1f} minutes')
@@ -426,7 +438,7 @@ def _is_done(out, job, weights):
     return path.exists() and (not weights or path.with_suffix('').is_dir())
 
 def _check_same(result, config, data, out):
-    "Refuse a result of other data or, if its run is asked for, other settings or rows"
+    "Refuse a result of other data, settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
     now, was = ({k: d.get(k) for k in keys} for d in (_describe(data), result['data']))
     if config:
@@ -448,7 +460,7 @@ def sigma_reproduce(
     epochs:int=None,  # (default: the preset's)
     holdout:float=None,  # evaluate on this share of the training images instead of the test split
     device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
-    out:str=None,  # folder of the results (default: runs/PRESET)
+    out:str=None,  # folder of the results (default: runs/PRESET, with --epochs runs/PRESET_EPOCHS)
     jobs:int=1,  # trainings side by side, each a process with its own log and, on a GPU, its own copy of the images
     minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
     check:store_true=False,  # train two steps of every run at full size, and keep nothing
@@ -467,4 +479,4 @@ def sigma_reproduce(
         sys.exit(f'sigma_reproduce: {e}')
     except KeyboardInterrupt:
         sys.exit('sigma_reproduce: interrupted; '
-                 'the same command goes on from the last epoch')
+                 'the same command goes on from its last checkpoints')

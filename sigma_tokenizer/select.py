@@ -90,12 +90,13 @@ def gather_kept(
     n, exporting = kept.sum(1), torch.compiler.is_exporting()
     known = exporting or not t.padded and most is not None  # no need to wait for the GPU
     order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
-    order = order[:, :most if known else int(n.max())]
+    if known: width, padded = most, exporting
+    else: least, width = torch.stack(n.aminmax()).tolist(); padded = least < width
+    order = order[:, :width]
     x = t.x.gather(1, order[..., None].expand(-1, -1, t.x.shape[2]))
     mask = torch.arange(order.shape[1], device=n.device) < n[:, None]
     scores = None if t.scores is None else t.scores.gather(1, order).masked_fill(~mask, 0)
-    padded = exporting or not (known or bool(mask.all()))
-    return Tokens(x, mask, scores, t.position.gather(1, order), padded=padded)
+    return Tokens(x, mask, scores, t.position.gather(1, order), padded, t.cls)
 
 # %% ../nbs/02_select.ipynb #a83a3725
 def check_keep(
@@ -116,6 +117,7 @@ def keep_mask(
     keep:TopK|TopP  # the budget
 )->Tensor:  # (B, N) bool
     "The tokens that a budget keeps"
+    check_keep(keep)
     if t.scores is None:
         raise ValueError(f'keep: got {keep}; accepted: None, '
                          'as these tokens have no scores (`Gated` gives them)')
@@ -126,7 +128,6 @@ def select(
     keep:TopK|TopP|None  # the budget; None keeps all
 )->Tokens:
     "The tokens that fit the budget; the others are dropped"
-    check_keep(keep)
     if keep is None: return t
     if keep == TopK(0):
         raise ValueError(f'keep: got {keep}; accepted: k >= 1, '

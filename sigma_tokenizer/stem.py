@@ -10,13 +10,12 @@ import math
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
-from .tokens import Tokens, check_images, check_int, full_tokens, patch_grid
+from .tokens import Tokens, check_images, check_int, full_tokens, in_vmap, patch_grid
 
 # %% ../nbs/03_stem.ipynb #7502ba74
 def channels_last(x:Tensor)->Tensor:  # (B, C, H, W)
     "The same numbers in the layout that is fastest for convolutions"
-    if is_batchedtensor(x): return x  # torch.vmap does not know this layout
+    if in_vmap(x): return x  # torch.vmap does not know this layout
     return x.contiguous(memory_format=torch.channels_last)
 
 def halvings(
@@ -58,8 +57,9 @@ class ConvStem(nn.Module):
 
     def layout(self, x):
         "channels_last, except where BatchNorm loses more time than convolutions gain"
-        # it does when a CPU trains in float32
-        slow = self.training and not torch.is_autocast_enabled(x.device.type)
+        # a CPU's float32 does in training; not measured on a GPU
+        slow = self.training and (x.is_meta or
+                                  not torch.is_autocast_enabled(x.device.type))
         return x if slow else channels_last(x)
 
 # %% ../nbs/03_stem.ipynb #f24a7bc8
@@ -105,7 +105,8 @@ class ConvTokenizer(nn.Module):
         x:Tensor  # (B, C, H, W) normalised images, H and W multiples of p
     )->Tokens:  # N = H/p W/p, row by row
         check_images(x, self, self.in_chans, multiple=self.patch_size)
-        return full_tokens(self.proj(self.stem(x).flatten(2).mT))
+        x = self.stem(x)
+        return full_tokens(self.proj(x.flatten(2).mT), x.shape[2:])
 
 # %% ../nbs/03_stem.ipynb #bb5b6ad0
 def cnn_stage(
@@ -139,4 +140,4 @@ class CNNTokenizer(nn.Module):
     )->Tokens:  # N = H/p W/p, row by row
         check_images(x, self, self.in_chans, multiple=self.patch_size)
         x = self.stages(channels_last(x))  # 1.5 times as fast on a CPU
-        return full_tokens(self.proj(x.flatten(2).mT))
+        return full_tokens(self.proj(x.flatten(2).mT), x.shape[2:])

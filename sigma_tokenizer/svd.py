@@ -45,7 +45,7 @@ def _at_least_float32(x):
 def singular_triplets(
     x:Tensor  # (..., M, M) matrices
 )->tuple[Tensor, Tensor, Tensor]:  # U (..., M, M), S (..., M), V (..., M, M)
-    "All singular vectors, as columns, and values, largest first, in float32 or better"
+    "All singular vectors, as columns (0 where the value is), and values, largest first"
     check_finite('x', x)
     with torch.autocast(x.device.type, enabled=False):
         x = _at_least_float32(x)

@@ -261,11 +261,13 @@ class Checkpoint(Callback):
 def load(self:Checkpoint, learn, epochs):
     "Go on from the checkpoint if there is one; the number of epochs done"
     if not (self.path and self.path.exists()): return 0
-    try: saved = torch.load(self.path, map_location='cpu', weights_only=True)
+    try:
+        saved = torch.load(self.path, map_location='cpu', weights_only=True)
+        same = saved['made_of'] == self.made_of
     except Exception as e:
         raise ValueError(f'{self.path}: no checkpoint ({type(e).__name__}); '
                          'delete it to start again') from None
-    if saved['made_of'] != self.made_of or len(saved['log']) > epochs:
+    if not same or len(saved['log']) > epochs:
         raise ValueError(f'{self.path}: the checkpoint of a run with other settings, '
                          'data, code, versions or threads; '
                          'name another --out, or delete it to start again')
@@ -295,7 +297,7 @@ def before_epoch(self:Checkpoint):
     if self.log and time.time() + needed*self.pace > self.deadline:
         if self.unsaved: self.save()
         raise CancelFitException()
-    self.start = self.half = time.perf_counter()
+    self.start = self.midway = time.perf_counter()
     if self.saved:
         _set_random_states(self.learn, self.saved['random'])
         smooth, (count, value) = self.recorder.smooth_loss, self.saved['smooth_loss']
@@ -305,13 +307,14 @@ def before_epoch(self:Checkpoint):
 @patch
 def after_batch(self:Checkpoint):
     "Take the time at half of the epoch"
-    if self.iter == self.n_iter//2 - 1: self.half = time.perf_counter()
+    if self.iter == self.n_iter//2 - 1: self.midway = time.perf_counter()
 
 @patch
 def after_train(self:Checkpoint):
     "Take the time of the epoch, and of one without compilation"
     now = time.perf_counter(); self.seconds = round(now - self.start, 2)
-    self.pace = now - self.half + min(now - self.half, self.half - self.start)
+    second = now - self.midway
+    self.pace = second + min(second, self.midway - self.start)
 
 @patch
 def after_epoch(self:Checkpoint):
@@ -428,12 +431,13 @@ def _for_time(model, x, latency_ms):
     times = np.maximum.accumulate(measure(ks, 9))
     check_number('latency_ms', latency_ms, f'at least {times[0]:.3g}, the time of '
                  f'{batch} with one token', lambda ms: ms >= times[0])
-    k, now = n, times[-1]
+    seen, k = dict(zip(ks, times)), n
     for _ in range(3):
         if (new := int(np.interp(latency_ms, times, ks))) == k: break
-        k, = [new]; now, = measure([k], 15)
-        times = times*now/np.interp(k, ks, times)  # the clock of this moment
-    print(f'{k} of {n} tokens: {now:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
+        k = new; seen[k], = measure([k], 15)
+        times = times*seen[k]/np.interp(k, ks, times)  # the clock of this moment
+    k = max(k for k, ms in seen.items() if ms <= latency_ms)
+    print(f'{k} of {n} tokens: {seen[k]:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
     return None if k == n else TopK(k)
 
 # %% ../nbs/11_training.ipynb #67065fc0

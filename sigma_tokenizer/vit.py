@@ -36,7 +36,8 @@ class PatchTokenizer(nn.Module):
         x:Tensor  # (B, C, H, W) normalised images, H and W multiples of p
     )->Tokens:  # N = H/p W/p, row by row
         check_images(x, self, self.in_chans, multiple=self.patch_size)
-        return full_tokens(self.proj(x).flatten(2).mT)
+        x = self.proj(x)
+        return full_tokens(x.flatten(2).mT, x.shape[2:])
 
 # %% ../nbs/04_vit.ipynb #d805563c
 def attend(
@@ -135,7 +136,7 @@ class VisionTransformer(nn.Module):
     def __init__(self,
         tokenizer:nn.Module,  # images -> Tokens; has embed_dim and n_tokens
         num_classes:int=6,  # classes; 0 for no head: the features come out
-        depth:int=12,  # blocks; 0 for the mean of the tokens instead
+        depth:int=12,  # blocks; 0: the mean of class token and tokens instead
         num_heads:int=12,  # attention heads, a divisor of the tokenizer's embed_dim
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of the token width
         drop_rate:float=.1,  # dropout, on the positions and inside the blocks
@@ -240,8 +241,7 @@ def reduce(self:VisionTransformer,
 )->Tokens:
     "The tokens that the encoder reads at this budget"
     check_keep(keep)
-    short = (self.reduction or select)(t, keep)
-    return short if t.cls is None else replace(short, cls=t.cls)
+    return (self.reduction or select)(t, keep)
 
 # %% ../nbs/04_vit.ipynb #610c3c72
 @patch
@@ -358,7 +358,7 @@ def forward_intermediates(self:VisionTransformer,
     intermediates_only:bool=False,  # without the encoder's output
     keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
 )->list[Tensor]|tuple[Tensor, list[Tensor]]:  # output (B, 1 + tokens, D), then features
-    "Features after blocks; zeros where a token was dropped"
+    "Features after blocks; zeros where a token was dropped, cells where they were averaged"
     grid, n_tokens = getattr(self.tokenizer, 'grid', None), self.tokenizer.n_tokens
     if grid: grid = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
     elif hasattr(self.tokenizer, 'patch_size'):
@@ -378,6 +378,10 @@ def forward_intermediates(self:VisionTransformer,
     def feature(i):
         t, z = full if i < self.drop_after else short, outputs[i]
         if norm: z = self.norm(z)
+        if t.grid not in (None, grid):
+            m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid)
+            m = m if maps else m.flatten(2).mT
+            return (m, z[:, :1]) if return_prefix_tokens else m
         at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
         m = scatter_tokens(at_place, n).x
         if maps: m = m.mT.unflatten(2, grid).contiguous()

@@ -169,6 +169,9 @@ def test_feature_maps(name):
     if name.endswith('_gated'):
         short = m.forward_intermediates(x, 1, keep=TopK(3), intermediates_only=True)[0]
         assert (short.abs().sum(1) > 0).sum((1, 2)).tolist() == [3, 3]
+    if name.startswith(('vit', 'msvd')):
+        pooled = make(name, reduction='pool', keep=TopK(4)).eval()
+        assert pooled.forward_intermediates(x, 1, intermediates_only=True)[0].flatten(2).unique(dim=2).shape[2] == 4
     if flat:
         with pytest.raises(ValueError, match="output_fmt: got 'NCHW'; accepted: NLC"): m.forward_intermediates(x)
 
@@ -179,7 +182,7 @@ def test_features_only():
     assert [tuple(f.shape) for f in maps] == [(2, 128, 8, 8)]*2 and m.feature_info.channels() == [128, 128] and m.feature_info.reduction() == [8, 8]
 
 # What people do with timm's ViT. SVD ranks depend on the image: they have no gradient, and no program without a break
-cannot = {('compile_fullgraph', 'svd'), ('vmap_over_models', 'svd'), ('vmap_over_images', 'svd'), ('input_gradient', 'svd')}
+cannot = {(what, 'svd') for what in ('compile_fullgraph', 'vmap_over_models', 'vmap_over_images', 'input_gradient', 'per_sample_gradients', 'meta')}
 x, y = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 def close(a, b): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 def loss(m, x=x, y=y): return F.cross_entropy(m(x).float(), y)
@@ -291,6 +294,14 @@ def vmap_over_models(m):
 
 @case
 def vmap_over_images(m): m.eval(); close(torch.func.vmap(lambda image: m(image[None])[0])(x), m(x))
+@case
+def per_sample_gradients(m):
+    params = {n: p.detach() for n, p in m.eval().named_parameters()}
+    def one(p, image, label): return F.cross_entropy(call(m, p, image[None]), label[None])
+    grads = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(params, x, y); loss(m).backward()
+    for n, p in m.named_parameters(): close(grads[n].mean(0), p.grad)
+@case
+def meta(m): assert copy.deepcopy(m).to('meta')(x.to('meta')).shape == m(x).shape
 @case
 def input_gradient(m):
     images = x.clone().requires_grad_(); m.eval()(images).sum().backward(); assert images.grad.abs().sum() > 0

@@ -40,12 +40,9 @@ def quietly(home, out, **kw):
 
 @pytest.fixture(scope='module')
 def whole(home):
-    "The content of a run that was never killed, by its number of threads, and what it printed"
-    said = {}
-    for n in {1, max(1, os.cpu_count()//2)}:
-        torch.set_num_threads(n); printed = quietly(home, f'whole{n}')[1]; said[n] = content(home/f'whole{n}'), printed
-    torch.set_num_threads(1)
-    return said
+    "The content of a run that was never killed, with one thread, and what it printed"
+    torch.set_num_threads(1); printed = quietly(home, 'whole')[1]
+    return content(home/'whole'), printed
 
 def killed(home, jobs):
     "Kill it some times, each after a random number of checkpoints and a random delay; yield (folder, output) at each end"
@@ -76,36 +73,36 @@ def both(home):
 def test_killed_and_started_again(both, whole, jobs):
     for out, code, printed in both[jobs]:
         assert code == 0 and b'2 of 2 runs done' in printed and b'\r' not in printed, printed.decode()
-        assert content(out) == whole[1 if jobs == 1 else max(1, os.cpu_count()//2)][0]
+        assert content(out) == whole[0]
         names = {p.name for p in out.iterdir() if p.suffix != '.log'}
         assert names == {'.lock', 'table.md', 'table.csv', 'tokens_vs_accuracy.png',
                          *(f'{run}-seed1.{e}' for run in ('msvd_short', 'svd_p90') for e in ('json', 'npz'))}
 
 def test_output(whole, home):
-    (_, _, table), printed = whole[1]
+    (_, _, table), printed = whole
     epochs = [l for l in printed.splitlines() if 'epoch' in l]
     form = r'epoch [123] of 3: loss \d\.\d+, accuracy 0\.\d+, \d+\.\d s'
     assert len(epochs) == 6 and all(re.fullmatch(form, l) for l in epochs)
     assert '\r' not in printed and 'reported' not in table.lower()
-    rows = [row['row'] for r in load_results(home/'whole1') for row in r['rows']]
+    rows = [row['row'] for r in load_results(home/'whole') for row in r['rows']]
     assert len({*rows}) == len(rows) == 15 and any('1 of 64' in r for r in rows)
 
 def test_minutes_and_then_on(whole, home):
     _, printed = quietly(home, 'minutes', minutes=.004)
     assert 'still to do: msvd_short (seed 1), svd_p90 (seed 1)' in printed
     _, printed = quietly(home, 'minutes')
-    assert 'still to do' not in printed and content(home/'minutes') == whole[1][0]
+    assert 'still to do' not in printed and content(home/'minutes') == whole[0]
     assert not [*(home/'minutes').glob('*.ckpt')]
     assert '2 runs, 0 to do' in quietly(home, 'minutes')[1]
     for kw in (dict(epochs=2), dict(holdout=.2)):
         with pytest.raises(ValueError, match='holds a run with other settings'): quietly(home, 'minutes', **kw)
-    assert content(home/'minutes') == whole[1][0]
+    assert content(home/'minutes') == whole[0]
 
 def test_stopped_between_training_and_result(whole, home, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(RuntimeError, match='no space'):
         def fail(*_): raise OSError('no space')
         m.setattr('sigma_tokenizer.reproduce.save_result', fail); quietly(home, 'late')
-    assert 'epoch' not in quietly(home, 'late')[1] and content(home/'late') == whole[1][0]
+    assert 'epoch' not in quietly(home, 'late')[1] and content(home/'late') == whole[0]
 
 def test_check_leaves_nothing(home):
     _, printed = quietly(home, 'check', check=True)
