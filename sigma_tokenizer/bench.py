@@ -23,7 +23,7 @@ from .select import TopK, TopP, keep_mask
 from .vit import VisionTransformer
 from .svd import SVDTokenizer, energy_rank, kept_triplets
 from .models import create_model
-from .data import ImageData, image_loaders, load_data, replaced
+from .data import ImageData, atomic_write, image_loaders, load_data
 from .training import autocast, in_turns
 from .reproduce import load_preset, provenance
 
@@ -130,9 +130,9 @@ def merge_tokens(
 )->tuple[Tensor, Tensor]:  # x and size of N - r tokens, the remaining even ones first
     "Average the `r` even tokens most like an odd one into it; the class token stays"
     keys = F.normalize(keys, dim=-1)
-    likeness = keys[:, ::2] @ keys[:, 1::2].mT
-    likeness[:, 0] = -torch.inf
-    best, to = likeness.max(-1)
+    similarity = keys[:, ::2] @ keys[:, 1::2].mT
+    similarity[:, 0] = -torch.inf
+    best, to = similarity.max(-1)
     order = best.argsort(dim=1, descending=True)
     plan = order[:, r:].sort(dim=1)[0], order[:, :r], to.gather(1, order[:, :r])
     def merge(y):
@@ -302,5 +302,5 @@ def sigma_bench(
     name = '-'.join([Path(preset).stem, torch.device(device).type, precision, *methods.split()])
     path = Path(out)/f'{name}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as new: new.write_text(json.dumps(result, indent=1) + '\n')
+    with atomic_write(path) as new: new.write_text(json.dumps(result, indent=1) + '\n')
     print(path)

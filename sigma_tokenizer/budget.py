@@ -139,7 +139,6 @@ def reduce(self:Budgeted,
     keep:TopK|TopP|None  # the budget
 )->Tokens:
     "The tokens that this budget keeps, and the rest token"
-    check_keep(keep)
     return self.rest(t, keep)
 
 # %% ../nbs/18_budget.ipynb #7e889e77

@@ -11,7 +11,6 @@ __all__ = ['chart_style', 'load_experiments', 'run_rows', 'reported', 'metrics',
 # %% ../nbs/12_compare.ipynb #23007dd5
 import json, math, re, textwrap, tomllib
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -26,17 +25,14 @@ from sklearn.metrics import (ConfusionMatrixDisplay, accuracy_score, confusion_m
                              f1_score)
 from typing_extensions import NotRequired, TypedDict
 from .select import TopK, TopP
-from .data import replaced
+from .data import atomic_write
 
 # %% ../nbs/12_compare.ipynb #ba6701d0
 @cache
-def _read_experiments():
-    text = (files('sigma_tokenizer')/'experiments.toml').read_text('utf-8')
-    return tomllib.loads(text)
-
 def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
     "Every training run of the tables, with the reported figures (`experiments.toml`)"
-    experiments = deepcopy(_read_experiments())
+    text = (files('sigma_tokenizer')/'experiments.toml').read_text('utf-8')
+    experiments = tomllib.loads(text)
     for e in experiments.values():
         more = [{b: v} for b in ('k', 'mean_length') for v in e.pop(b, [])]
         e.setdefault('rows', [{}, *more])
@@ -135,9 +131,9 @@ def save_result(
     def small(a):
         if a.dtype.kind == 'f': return a.astype(np.float16)
         return a.astype(np.min_scalar_type(int(a.max())))
-    with replaced(path.with_suffix('.npz')) as new, open(new, 'wb') as f:
+    with atomic_write(path.with_suffix('.npz')) as new, open(new, 'wb') as f:
         np.savez_compressed(f, **{k: small(a) for k, a in predictions.items()})
-    with replaced(path) as new: new.write_text(text)
+    with atomic_write(path) as new: new.write_text(text)
     return path
 
 # %% ../nbs/12_compare.ipynb #18295f81
@@ -372,10 +368,10 @@ def write_summary(
     size = r['config']['model']['image_size']
     fig = plot_tokens(table, f'ours ({size} pixels)')
     lines = '\n'.join(table_lines(table)) + '\n'
-    with replaced(out/'table.md') as new: new.write_text(lines, 'utf-8')
-    with replaced(out/'table.csv') as new:
+    with atomic_write(out/'table.md') as new: new.write_text(lines, 'utf-8')
+    with atomic_write(out/'table.csv') as new:
         table.to_csv(new, index=False, float_format='%.6g')
-    with replaced(out/'tokens_vs_accuracy.png') as new:
+    with atomic_write(out/'tokens_vs_accuracy.png') as new:
         fig.savefig(new, format='png', dpi=160)
     plt.close(fig)
     return table

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 from .models import SigmaModel
-from .data import replaced
+from .data import atomic_write
 
 # %% ../nbs/17_export.ipynb #17b149a4
 def _stable_sort(x, stable=None, dim=-1, descending=False):
@@ -45,7 +45,7 @@ def export_onnx(
         custom_translation_table={torch.ops.aten.sort.stable: _stable_sort})
     props = {k: json.dumps(v) for k, v in model.config.items()}
     program.model.metadata_props.update(props)
-    with replaced(path) as new, torch.no_grad():
+    with atomic_write(path) as new, torch.no_grad():
         program.save(new)
         run = onnxruntime.InferenceSession(new, providers=['CPUExecutionProvider']).run
         logits = [run(None, {'images': b.numpy(force=True)})[0]

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from .tokens import patch_grid
 from .select import TopK, TopP
 from .stem import CNNTokenizer, ConvTokenizer
 from .vit import PatchTokenizer, VisionTransformer
@@ -79,7 +78,6 @@ def _make_tokenizer(name, kw, **args):
         raise ValueError(f'{", ".join(sorted(unknown))}: '
                          f'not an argument of {name}; its own are {own}')
     if name == 'svd': args.pop('patch_size')
-    else: patch_grid(size, args['patch_size'])
     tokenizer = make(**args, **kw)
     return Gated(tokenizer) if name.endswith('_gated') else tokenizer
 

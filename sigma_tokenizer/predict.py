@@ -17,7 +17,7 @@ from torch import Tensor
 from .tokens import imagenet_normalize
 from .select import TopK, TopP
 from .models import SigmaModel
-from .data import decode, replaced
+from .data import atomic_write, decode
 
 # %% ../nbs/14_predict.ipynb #6564649a
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def predict_files(
         p = predict(model, image[None].to(model.cls_token), keep)[0]
         picture.parent.mkdir(parents=True, exist_ok=True)
         show_kept(large, p.kept, p.scores, f'{p.label} {p.probability:.2f}', fig := Figure())
-        with replaced(picture) as new: fig.savefig(new, format='png')
+        with atomic_write(picture) as new: fig.savefig(new, format='png')
         print(f'{file}: {p.label} {p.probability:.2f}, {int(p.kept.sum())} of {len(p.kept)} '
               f'tokens{" and the rest token"*p.rest}, {Path(out)/picture.name}')
     return bad

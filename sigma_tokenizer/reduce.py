@@ -10,9 +10,9 @@ from dataclasses import replace
 import math
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from .tokens import Tokens, check_int, full_tokens
-from .select import TopK, TopP, check_keep, gather_kept, keep_mask, most
+from torch import nn
+from .tokens import Tokens, check_int
+from .select import TopK, TopP, check_keep, gather_kept, keep_mask
 
 # %% ../nbs/08_reduce.ipynb #16339099
 class RestToken(nn.Module):
@@ -35,7 +35,7 @@ class RestToken(nn.Module):
     )->Tokens:  # rest token at position -1, score 0; padding if nothing is dropped
         if keep is None: return t
         kept = keep_mask(t, keep); dropped = t.mask & ~kept
-        short, n = gather_kept(t, kept, most(keep)), dropped.sum(1, keepdim=True)
+        short, n = gather_kept(t, kept, keep), dropped.sum(1, keepdim=True)
         exporting = torch.compiler.is_exporting()
         if isinstance(keep, TopK) and keep.k >= t.x.shape[1]: return short
         # every image drops some: a GPU need not be waited for
@@ -60,9 +60,9 @@ class MergeDropped(nn.Module):
         if keep == TopK(0):
             raise ValueError(f'keep: got {keep}; '
                              'accepted: k >= 1, as dropped tokens need one to join')
-        short = gather_kept(t, kept := keep_mask(t, keep), most(keep))
-        like = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
-        to = like.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
+        short = gather_kept(t, kept := keep_mask(t, keep), keep)
+        similarity = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
+        to = similarity.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
         own = (kept.cumsum(1) - 1).clamp(min=0)  # a kept token's place among the kept
         places = torch.arange(short.x.shape[1], device=own.device)
         weight = torch.where(kept, own, to)[..., None] == places

@@ -27,7 +27,7 @@ import torch
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse, store_true
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 from .tokens import check_int, check_number
 from .stem import ConvStem
@@ -36,13 +36,12 @@ from .data import ImageData, Split, hold_out, image_loaders, load_data
 from .training import (BFloat16, BudgetSchedule, RandomBudget,
                                       SelfDistillation, SparsityLoss, calibrate,
                                       create_learner, evaluate, gini_index, train)
-from .compare import (load_experiments, load_result, load_results,
-                                     metrics, result_path, result_table, run_rows,
-                                     save_result, table_lines, write_summary)
+from .compare import (_strict, load_experiments, load_result,
+                                     load_results, metrics, result_path, result_table,
+                                     run_rows, save_result, table_lines, write_summary)
 
 # %% ../nbs/13_reproduce.ipynb #487ef399
 _presets = files('sigma_tokenizer')/'presets'
-_strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 _Positive, _Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**32)]
 _Run = Literal[tuple(load_experiments())]
 _training = dict(epochs=_Positive, batch_size=_Positive,
@@ -236,7 +235,7 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # of time.time(): no epoch but the first begins that would end later
+    deadline:float=math.inf,  # of time.time(): no further epoch begins that would end later
     folder:Path=None  # where to keep the trained model
 )->tuple[dict, dict]|None:  # result and predictions for save_result; None: out of time
     "Train one model and evaluate it for all its rows"
@@ -313,7 +312,8 @@ def _begin_worker(threads):
 def _logged(job):
     "`_run_job`, with what it prints in a log beside its result"
     log = result_path(job['out'], job['run'], job['seed']).with_suffix('.log')
-    with open(log, 'a', encoding='utf-8', errors='backslashreplace') as f, redirect_stdout(f), redirect_stderr(f):
+    with (open(log, 'a', encoding='utf-8', errors='backslashreplace') as f,
+          redirect_stdout(f), redirect_stderr(f)):
         try: return _run_job(**job)
         except Exception as e:
             traceback.print_exc()
@@ -356,7 +356,7 @@ def reproduce(
     epochs:int=None,  # the preset's if None
     holdout:float=None,  # evaluate on this share of the training images: for choices
     device:str=None,  # a GPU if there is one, if None
-    out:str=None,  # folder of the results; runs/PRESET if None, with epochs runs/PRESET_EPOCHS
+    out:str=None,  # folder of the results; runs/PRESET or runs/PRESET_EPOCHS if None
     jobs:int=1,  # trainings side by side
     minutes:float=None,  # stop in time, evaluation included; the next call goes on
     check:bool=False,  # instead: two steps of every run at full size, and no results

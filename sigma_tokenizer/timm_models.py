@@ -7,12 +7,12 @@ __all__ = ['default_cfgs']
 
 # %% ../nbs/16_timm.ipynb #ec433e30
 import json
-from importlib.resources import files
 try: from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as e:
     raise ImportError("timm_models needs timm>=1.0.16: "
                       "pip install 'sigma_tokenizer[timm]'") from e
-from .models import SigmaModel, create_model, list_models, list_pretrained
+from .models import (SigmaModel, _trained, create_model, list_models,
+                                    list_pretrained)
 
 # %% ../nbs/16_timm.ipynb #52ec9c80
 _sizes = {
@@ -34,15 +34,14 @@ def _cfg(name, size, **kw):
 _cfgs = {f'{entry}.untrained': _cfg(name, size['image_size'])
          for entry, (name, size) in _names.items()}
 for p in list_pretrained():
-    folder = files('sigma_tokenizer')/'weights'/p
-    config = json.loads((folder/'config.json').read_text())
+    config = json.loads((_trained/p/'config.json').read_text())
     for entry, (name, size) in _names.items():
         if all(config[k] == v for k, v in dict(name=name, **size).items()):
             del _cfgs[f'{entry}.untrained']
             _cfgs[f'{entry}.{p.split("_")[-1]}'] = _cfg(
                 name, size['image_size'], num_classes=config['num_classes'],
                 label_names=tuple(config['classes']),
-                file=str(folder/'model.safetensors'))
+                file=str(_trained/p/'model.safetensors'))
 default_cfgs = generate_default_cfgs(_cfgs)
 
 # %% ../nbs/16_timm.ipynb #63115a08

@@ -32,7 +32,7 @@ from fastai.torch_core import find_bs
 from .tokens import check_int, check_number
 from .select import TopK, TopP
 from .vit import VisionTransformer
-from .data import replaced
+from .data import atomic_write
 
 # %% ../nbs/11_training.ipynb #39aab3c0
 def gini_index(
@@ -286,7 +286,7 @@ def save(self:Checkpoint):
                  opt=self.opt.state_dict()['state'], log=self.log,
                  random=_random_states(self.learn),
                  smooth_loss=(smooth.count, float(smooth.val)))
-    with replaced(self.path) as new: torch.save(state, new)
+    with atomic_write(self.path) as new: torch.save(state, new)
     self.next_save, self.unsaved = time.time() + 50*(time.time() - start), False
 
 # %% ../nbs/11_training.ipynb #429c2bf3

@@ -207,9 +207,7 @@ def _embed(self:VisionTransformer, x, outputs=None):
                          'accepted: one in evaluation, `model.eval()`')
     def place(t):
         pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
-        if grid:
-            now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
-            if now != grid: pos = resize_positions(pos, grid, now)
+        if grid and t.grid not in (None, grid): pos = resize_positions(pos, grid, t.grid)
         return replace(t, x=t.x + F.embedding(1 + t.position, pos))
     if not self.drop_after: return place(self.tokenizer(x))
     def first(t): return self._first_blocks(place(t), outputs)
@@ -240,7 +238,6 @@ def reduce(self:VisionTransformer,
     keep:TopK|TopP|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
-    check_keep(keep)
     return (self.reduction or select)(t, keep)
 
 # %% ../nbs/04_vit.ipynb #610c3c72
@@ -379,12 +376,11 @@ def forward_intermediates(self:VisionTransformer,
         t, z = full if i < self.drop_after else short, outputs[i]
         if norm: z = self.norm(z)
         if t.grid not in (None, grid):
-            m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid)
-            m = m if maps else m.flatten(2).mT
-            return (m, z[:, :1]) if return_prefix_tokens else m
-        at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
-        m = scatter_tokens(at_place, n).x
-        if maps: m = m.mT.unflatten(2, grid).contiguous()
+            m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid).flatten(2)
+        else:
+            at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
+            m = scatter_tokens(at_place, n).x.mT
+        m = m.unflatten(2, grid).contiguous() if maps else m.mT
         return (m, z[:, :1]) if return_prefix_tokens else m
     features = [feature(i) for i in take]
     return features if intermediates_only else (self.norm(y), features)

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from sigma_tokenizer import SigmaModel, create_model
 from sigma_tokenizer.compare import load_predictions, load_result, save_result
-from sigma_tokenizer.data import folder_data, replaced
+from sigma_tokenizer.data import atomic_write, folder_data
 from sigma_tokenizer.predict import sigma_predict
 from sigma_tokenizer.reproduce import load_preset
 from sigma_tokenizer.training import Checkpoint
@@ -96,12 +96,12 @@ def test_unreadable_images(tmp_path, monkeypatch):
     assert e.value.code == 1 and not [*tmp_path.glob('*.png')]
 
 def test_a_failed_write_loses_nothing(tmp_path):
-    with pytest.raises(OSError), replaced(tmp_path/'note') as new: new.write_text('ha'); raise OSError('no space')
+    with pytest.raises(OSError), atomic_write(tmp_path/'note') as new: new.write_text('ha'); raise OSError('no space')
     assert not [*tmp_path.iterdir()]
     path = save_result(tmp_path, result, said); m = create_model('vit', **small); m.save_pretrained(tmp_path)
     def content(): return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     before = content()
-    with pytest.raises(OSError), replaced(path) as new: new.write_text('ha'); raise OSError('no space')
+    with pytest.raises(OSError), atomic_write(path) as new: new.write_text('ha'); raise OSError('no space')
     with pytest.raises(ValueError): save_result(tmp_path, result | dict(rows=[row | dict(accuracy=np.nan)]), said)
     with pytest.raises(TypeError): m.save_pretrained(tmp_path, config=dict(name=object()))
     with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), said | dict(labels=np.arange(9)))
