@@ -139,8 +139,9 @@ def _commit():
     if 'vcs_info' in source: return source['vcs_info']['commit_id']
     folder = Path(url2pathname(urlparse(source.get('url', '')).path))
     where = here.parent if (here.parent/'.git').exists() else folder
-    if not (shutil.which('git') and (where/'.git').exists()): return None
-    if _code_digest(where/'sigma_tokenizer') != _code_digest(here): return None
+    package = where/'sigma_tokenizer'
+    if not (where/'.git').exists() or not (package/'experiments.toml').exists(): return None
+    if not shutil.which('git') or _code_digest(package) != _code_digest(here): return None
     describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40',
                 '--exclude=*']
     said = subprocess.run(describe, capture_output=True, text=True).stdout
@@ -330,7 +331,10 @@ def _run_jobs(todo, jobs=1):
         for i, job in enumerate(todo, 1):
             print(f'\n[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}', flush=True)
             try: done = _run_job(**job)
-            except Exception as e: fails(job, e)
+            except Exception as e:
+                if not isinstance(e, (ValueError, ArithmeticError, RuntimeError, OSError)):
+                    traceback.print_exc()
+                fails(job, e)
             else: yield job, done
     else:
         threads = max(1, torch.get_num_threads()//jobs)

@@ -174,7 +174,7 @@ def imagenet_normalize(
     x:Tensor  # (..., 3, H, W) in [0, 1]
 )->Tensor:  # the same shape
     "Subtract ImageNet's channel means, divide by its standard deviations"
-    if not x.is_floating_point() or x.shape[-3] != 3:
+    if not x.is_floating_point() or x.shape[-3:-2] != (3,):
         raise ValueError(f'x: got {x.dtype}, shape {tuple(x.shape)}; '
                          'accepted: floating point, (..., 3, H, W)')
     mean, std = x.new_tensor([.485, .456, .406]), x.new_tensor([.229, .224, .225])

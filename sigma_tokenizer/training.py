@@ -431,13 +431,15 @@ def _for_time(model, x, latency_ms):
     times = np.maximum.accumulate(measure(ks, 9))
     check_number('latency_ms', latency_ms, f'at least {times[0]:.3g}, the time of '
                  f'{batch} with one token', lambda ms: ms >= times[0])
-    seen, k = dict(zip(ks, times)), n
+    k, now = n, times[-1]
     for _ in range(3):
         if (new := int(np.interp(latency_ms, times, ks))) == k: break
-        k = new; seen[k], = measure([k], 15)
-        times = times*seen[k]/np.interp(k, ks, times)  # the clock of this moment
-    k = max(k for k, ms in seen.items() if ms <= latency_ms)
-    print(f'{k} of {n} tokens: {seen[k]:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
+        k, = [new]; now, = measure([k], 15)
+        times = times*now/np.interp(k, ks, times)  # the clock of this moment
+    if now > latency_ms:  # still: the next that was fast enough
+        k = max((k for k, ms in zip(ks, times) if ms <= latency_ms), default=ks[0])
+        now = np.interp(k, ks, times)
+    print(f'{k} of {n} tokens: {now:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
     return None if k == n else TopK(k)
 
 # %% ../nbs/11_training.ipynb #67065fc0

@@ -207,7 +207,9 @@ def _embed(self:VisionTransformer, x, outputs=None):
                          'accepted: one in evaluation, `model.eval()`')
     def place(t):
         pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
-        if grid and t.grid not in (None, grid): pos = resize_positions(pos, grid, t.grid)
+        if grid:
+            now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
+            if now != grid: pos = resize_positions(pos, grid, now)
         return replace(t, x=t.x + F.embedding(1 + t.position, pos))
     if not self.drop_after: return place(self.tokenizer(x))
     def first(t): return self._first_blocks(place(t), outputs)
@@ -238,7 +240,8 @@ def reduce(self:VisionTransformer,
     keep:TopK|TopP|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
-    return (self.reduction or select)(t, keep)
+    short = (self.reduction or select)(t, keep)
+    return short if t.cls is None else replace(short, cls=t.cls)
 
 # %% ../nbs/04_vit.ipynb #610c3c72
 @patch
