@@ -9,16 +9,18 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 from sigma_tokenizer.compare import load_predictions, load_results, metrics, result_path, write_summary
-from sigma_tokenizer.reproduce import load_preset, plan
+from sigma_tokenizer.reproduce import load_preset, plan, run_config
 
 root, write, wrong = Path(__file__).resolve().parent.parent, '--write' in sys.argv, []
 
 def check_rows(folder):
     "Each result is a run of its preset, of one data set and a commit; its rows are what its predictions give"
-    results, runs = load_results(folder), plan(load_preset(re.sub(r'_\d+$', '', folder.name)))  # small_long_60: 60 epochs
+    name, _, epochs = re.fullmatch(r'(.+?)(_(\d+))?', folder.name).groups()  # small_long_20: 20 epochs
+    preset, results = load_preset(name), load_results(folder); runs = plan(preset)
     for r in results:
         path = result_path(folder, r['run'], r['seed']); said = load_predictions(path)
         if (r['run'], r['seed']) not in runs: wrong.append(f'{path}: not a run of the preset {folder.name}')
+        if r['config'] != run_config(preset, r['run'], epochs and int(epochs)): wrong.append(f'{path}: other settings')
         if not re.fullmatch('[0-9a-f]{40}', r['commit'] or ''): wrong.append(f'{path}: commit {r["commit"]}')
         if r['data']['fingerprint'] != results[0]['data']['fingerprint']: wrong.append(f'{path}: other data')
         for row, preds, lengths in zip(r['rows'], said['preds'], said['lengths'], strict=True):
