@@ -25,7 +25,7 @@ from .svd import SVDTokenizer, energy_rank, kept_triplets
 from .models import create_model
 from .data import ImageData, atomic_write, image_loaders, load_data
 from .training import autocast, in_turns
-from .reproduce import load_preset, provenance
+from .reproduce import _common, load_preset, provenance
 
 # %% ../nbs/15_bench.ipynb #ef610e0f
 def gflop(call, images:int=1)->float:
@@ -275,8 +275,7 @@ def sigma_bench(
     try:
         settings, sizes = load_preset(preset), [int(b) for b in batches.split(',')]
         for b in (*sizes, repeats): check_int('batches, repeats', b)
-        size = {k: v for k, v in settings['model'].items() if not isinstance(v, dict)}
-        context = autocast(device, precision)
+        size, context = _common(settings['model']), autocast(device, precision)
         images = bench_images(max(32, *sizes), size['image_size'], data).to(device)
         torch.manual_seed(0); models = bench_models(size, images[:8], methods)
         if not models:

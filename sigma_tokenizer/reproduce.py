@@ -80,6 +80,8 @@ def load_preset(
         raise ValueError(f'{file}: {e}') from None
 
 # %% ../nbs/13_reproduce.ipynb #856a7583
+def _common(part): return {k: v for k, v in part.items() if not isinstance(v, dict)}
+
 def run_config(
     preset:Preset,
     run:str,  # a run of experiments.toml
@@ -87,12 +89,11 @@ def run_config(
 )->dict:  # model, train, sparsity, sparsity_kind, budgets, distil, normalize
     "All settings of one run but its seed and data"
     experiment = load_experiments()[run]
-    common = lambda part: {k: v for k, v in part.items() if not isinstance(v, dict)}
-    model = common(preset['model']) | experiment.get('args', {})
+    model = _common(preset['model']) | experiment.get('args', {})
     if 'filter_size' in model:
         model['filter_size'] = model['filter_size']*model['image_size']//256
     model |= preset['model'].get(run, {})
-    train = common(preset['train']) | preset['train'].get(experiment['model'], {})
+    train = _common(preset['train']) | preset['train'].get(experiment['model'], {})
     if epochs is not None: train |= {'epochs': epochs}
     check_int('epochs', train['epochs'])
     defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None,
