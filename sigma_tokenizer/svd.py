@@ -146,8 +146,9 @@ def sure_rank(
 
 # %% ../nbs/06_svd.ipynb #0e250e3b
 # M over the width of the block, and the steps of the power iteration before each check;
-# True: on a GPU, which waits for each answer longer than it computes
-_rounds = {False: [(8, (3, 2)), (4, (3, 3))], True: [(4, (5,))]}
+# True: on a GPU, which waits for each answer longer than it computes, and whose eigh
+# takes matrices of up to 32 rows together, but larger ones one by one
+_rounds = {False: [(8, (3, 2)), (4, (3, 3))], True: [(8, (16,)), (4, (5,))]}
 
 @in_float64
 @torch.no_grad()
