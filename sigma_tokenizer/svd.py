@@ -146,8 +146,8 @@ def sure_rank(
 
 # %% ../nbs/06_svd.ipynb #0e250e3b
 # M over the width of the block, and the steps of the power iteration before each check;
-# True: on a GPU, which waits for each answer longer than it computes, and whose eigh
-# takes matrices of up to 32 rows together, but larger ones one by one
+# True: on a GPU, which waits for each answer longer than it computes, and whose eigh takes
+# matrices of up to 32 rows together, larger ones one by one (0.4 and 30 ms for 36 on an H200)
 _rounds = {False: [(8, (3, 2)), (4, (3, 3))], True: [(8, (16,)), (4, (5,))]}
 
 @in_float64
