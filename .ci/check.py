@@ -8,8 +8,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
-from sigma_tokenizer.compare import load_predictions, load_results, metrics, result_path, write_summary
-from sigma_tokenizer.reproduce import load_preset, plan, run_config
+from sigma_tokenizer.repro.results import (load_predictions, load_results, metrics,
+                                           result_path)
+from sigma_tokenizer.repro.tables import write_summary
+from sigma_tokenizer.repro.experiments import load_preset, plan, run_config
 
 root, write, wrong = Path(__file__).resolve().parent.parent, '--write' in sys.argv, []
 

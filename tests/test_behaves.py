@@ -18,8 +18,12 @@ from timm.models import VisionTransformer as ViT
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
-from sigma_tokenizer.training import BFloat16, RandomBudget, SelfDistillation, SparsityLoss, create_learner, evaluate, train
-from sigma_tokenizer.vit import PatchTokenizer, VisionTransformer
+from sigma_tokenizer.training import (BFloat16, RandomBudget, SelfDistillation,
+                                      SparsityLoss, create_learner)
+from sigma_tokenizer.evaluation import evaluate
+from sigma_tokenizer.checkpoint import train
+from sigma_tokenizer.stem import PatchTokenizer
+from sigma_tokenizer.vit import VisionTransformer
 
 few = lambda s, n: Split(s.images[:n], s.labels[:n])
 digits = digits_data(16); digits = replace(digits, train=few(digits.train, 96), test=few(digits.test, 40))

@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from sigma_tokenizer import SigmaModel, create_model
-from sigma_tokenizer.compare import load_predictions, load_result, save_result
-from sigma_tokenizer.data import atomic_write, folder_data
+from sigma_tokenizer.repro.results import load_predictions, load_result, save_result
+from sigma_tokenizer.data import atomic_write
+from sigma_tokenizer.repro.folders import folder_data
 from sigma_tokenizer.predict import sigma_predict
-from sigma_tokenizer.reproduce import load_preset
-from sigma_tokenizer.training import Checkpoint
+from sigma_tokenizer.repro.experiments import load_preset
+from sigma_tokenizer.checkpoint import Checkpoint
 from conftest import small
 
 class Program:

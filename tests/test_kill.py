@@ -6,10 +6,11 @@ from io import StringIO
 from pathlib import Path
 import pytest, torch
 from sigma_tokenizer import SigmaModel
-from sigma_tokenizer.compare import load_predictions, load_results, result_path
-from sigma_tokenizer.data import digits_data, hold_out, image_loaders
-from sigma_tokenizer.reproduce import reproduce
-from sigma_tokenizer.training import evaluate
+from sigma_tokenizer.repro.results import load_predictions, load_results, result_path
+from sigma_tokenizer.data import digits_data, image_loaders
+from sigma_tokenizer.repro.folders import hold_out
+from sigma_tokenizer.repro.runs import reproduce
+from sigma_tokenizer.evaluation import evaluate
 
 kills = int(os.environ.get('KILLS', 2))  # for each of --jobs 1 and --jobs 2
 tiny = '''data = "digits"
@@ -101,7 +102,7 @@ def test_minutes_and_then_on(whole, home):
 def test_stopped_between_training_and_result(whole, home, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(RuntimeError, match='no space'):
         def fail(*_): raise OSError('no space')
-        m.setattr('sigma_tokenizer.reproduce.save_result', fail); quietly(home, 'late')
+        m.setattr('sigma_tokenizer.repro.runs.save_result', fail); quietly(home, 'late')
     assert 'epoch' not in quietly(home, 'late')[1] and content(home/'late') == whole[0]
 
 def test_check_leaves_nothing(home):

@@ -19,12 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 from sigma_tokenizer.bench import merge_tokens
 from sigma_tokenizer.budget import budgeted, teach
-from sigma_tokenizer.data import image_loaders, load_data
+from sigma_tokenizer.data import image_loaders
+from sigma_tokenizer.repro.folders import load_data
 from sigma_tokenizer.reduce import MergeDropped
-from sigma_tokenizer.reproduce import provenance
+from sigma_tokenizer.repro.runs import provenance
 from sigma_tokenizer.select import TopK, select
 from sigma_tokenizer.tokens import full_tokens
-from sigma_tokenizer.training import BFloat16, create_learner, in_turns, train
+from sigma_tokenizer.training import BFloat16, create_learner
+from sigma_tokenizer.evaluation import in_turns
+from sigma_tokenizer.checkpoint import train
 
 here, seed = Path(__file__).parent, 239
 recipe = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3)
