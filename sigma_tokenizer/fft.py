@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/fft.html.md"""
 __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
 # %% ../nbs/06_fft.ipynb #2a4a8f06
-from dataclasses import replace
 import math
 import torch
 from fastcore.basics import patch
@@ -139,7 +138,7 @@ def forward(self:FFTTokenizer,
         square = crop(f, self.filter_size).to(x.dtype)
         tokens = full_tokens(self.cut_squares([square])[0])
         position = self.square_positions(self.filter_size).to(x.device)
-        return replace(tokens, position=position.expand(x.shape[0], -1))
+        return tokens.replace(position=position.expand(x.shape[0], -1))
     sides = energy_side(f, self.energy, self.patch_size)
     if torch.compiler.is_exporting(): return self.every_side(f, sides, x.dtype)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}

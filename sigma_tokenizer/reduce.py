@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/reduce.html.md"""
 __all__ = ['RestToken', 'MergeDropped', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
-from dataclasses import replace
 import math
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,7 @@ class MergeDropped(nn.Module):
         places = torch.arange(short.x.shape[1], device=own.device)
         weight = torch.where(kept, own, to)[..., None] == places
         weight = (weight & t.mask[..., None]).to(t.x.dtype)
-        return replace(short, x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
+        return short.replace(x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
 
 # %% ../nbs/04_reduce.ipynb #b0cce3ff
 class GridPool(nn.Module):
@@ -89,5 +88,5 @@ class GridPool(nn.Module):
         if keep is None or keep.k >= n: return t
         s = min(math.isqrt(keep.k), *grid)
         x = F.adaptive_avg_pool2d(t.x.mT.unflatten(2, grid), s).flatten(2).mT
-        return replace(t, x=x, mask=x.new_ones(x.shape[:2], dtype=torch.bool), scores=None,
+        return t.replace(x=x, mask=x.new_ones(x.shape[:2], dtype=torch.bool), scores=None,
                        position=t.position.new_full(x.shape[:2], -1), grid=(s, s))

@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/score.html.md"""
 __all__ = ['Scorer']
 
 # %% ../nbs/03_score.ipynb #03f1a007
-from dataclasses import replace
 import torch
 from torch import nn
 from .tokens import Tokens, check_int
@@ -37,5 +36,5 @@ class Scorer(nn.Module):
         scores = logits.sigmoid().masked_fill(~t.mask, 0)
         if self.effect == 'multiply': factor = scores
         elif self.training: factor = 1 + (scores - scores.detach())
-        else: return replace(t, scores=scores)
-        return replace(t, x=t.x*factor[..., None].to(t.x.dtype), scores=scores)
+        else: return t.replace(scores=scores)
+        return t.replace(x=t.x*factor[..., None].to(t.x.dtype), scores=scores)

@@ -9,7 +9,6 @@ __all__ = ['default_cfgs']
 
 # %% ../nbs/11_timm.ipynb #ec433e30
 import json, math
-from dataclasses import replace
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,7 +123,7 @@ def forward_intermediates(self:VisionTransformer,
         if t.grid not in (None, grid):  # means over cells
             m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid).flatten(2)
         else:
-            at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
+            at_place = t.replace(x=z[:, 1:], mask=t.mask & (t.position >= 0))
             m = scatter_tokens(at_place, n).x.mT
         m = m.unflatten(2, grid).contiguous() if maps else m.mT
         return (m, z[:, :1]) if return_prefix_tokens else m

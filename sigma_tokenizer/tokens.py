@@ -9,16 +9,15 @@ __all__ = ['no_float64', 'Tokens', 'full_tokens', 'scatter_tokens', 'sinusoidal'
            'check_number', 'patch_grid', 'imagenet_normalize', 'sample_photos', 'show_images']
 
 # %% ../nbs/01_tokens.ipynb #bc26d8fe
-from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/01_tokens.ipynb #1094f216
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     "The tokens of a batch of images, without the class token"
     x:Tensor  # (B, N, D) token vectors
     mask:Tensor  # (B, N) bool, True for a real token, False for padding
@@ -26,6 +25,10 @@ class Tokens:
     position:Tensor  # (B, N) int64 in the full sequence; -1: it sums up several
     padded:bool=True  # False promises that mask is all True
     grid:tuple[int, int]|None=None  # rows and columns, if the tokens fill an image row by row
+
+    def replace(self, **fields)->'Tokens':
+        "The same tokens with some fields changed"
+        return self._replace(**fields)
 
     @property
     def lengths(self)->Tensor:  # (B,) int64

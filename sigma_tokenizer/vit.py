@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/vit.html.md"""
 __all__ = ['attend', 'pad_tokens', 'Attention', 'Block', 'VisionTransformer', 'resize_positions']
 
 # %% ../nbs/09_vit.ipynb #6d2eb727
-from dataclasses import replace
 from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
@@ -182,7 +181,7 @@ def embed(self:VisionTransformer,
     if self.scorer is not None: t = self.scorer(t)
     pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
     if grid and t.grid != grid: pos = resize_positions(pos, grid, t.grid)
-    return replace(t, x=t.x + F.embedding(1 + t.position, pos))
+    return t.replace(x=t.x + F.embedding(1 + t.position, pos))
 
 @patch
 def sequence(self:VisionTransformer,
