@@ -192,7 +192,7 @@ class AdamW(OptimWrapper):
     "torch's AdamW for fastai, fused on a GPU; no decay of the model's `spared_decay`"
     def __init__(self, params, model=None, **kwargs):
         groups = params if isinstance(params[0], (list, L)) else [params]
-        spared = {id(p) for p in (spared_decay(model) if model else ())}
+        spared = {id(p) for p in ([] if model is None else spared_decay(model))}
         halves = [[p for p in g if (id(p) in spared) == half]
                   for g in groups for half in (False, True)]
         on_gpu = all(p.is_cuda for h in halves for p in h)
