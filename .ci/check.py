@@ -53,7 +53,7 @@ def check_page(path):
     nb = nbformat.read(path, 4); now, wrong = nbformat.from_dict(nb), []
     stored = [(c.source, texts(c)) for c in nb.cells if c.cell_type == 'code']
     where = dict(metadata=dict(path=str(path.parent)))
-    NotebookClient(now, timeout=600, record_timing=False, resources=where).execute()
+    NotebookClient(now, timeout=600, record_timing=False, coalesce_streams=True, resources=where).execute()
     for (source, was), cell in zip(stored, (c for c in now.cells if c.cell_type == 'code')):
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']; cell.execution_count = None
         for o in cell.outputs: o.pop('execution_count', None)
