@@ -43,8 +43,8 @@ def test_a_pickle_is_no_checkpoint(tmp_path):
 
 row = dict(row='ViT', budget='all', accuracy=.5, f1=.4, mean_length=65., images=4)
 data = dict(name='x', evaluated='test', classes=['a', 'b'], train=9, test=4, fingerprint='f', unreadable=[])
-result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'}, device='cpu',
-              seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
+result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'},
+              device='cpu', seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
 predictions = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300),
                    confidence=np.ones((1, 4)))
 
@@ -56,7 +56,8 @@ def test_results(tmp_path):
                 good.replace('"device"', '"devise"')]:
         path.write_text(bad)
         with pytest.raises(ValueError, match=path.name): load_result(path)
-    with open(path.with_suffix('.npz'), 'wb') as f: np.savez(f, labels=np.array([Program(tmp_path/'ran')], dtype=object))
+    program = np.array([Program(tmp_path/'ran')], dtype=object)
+    with open(path.with_suffix('.npz'), 'wb') as f: np.savez(f, labels=program)
     with pytest.raises(ValueError, match='Object arrays cannot be loaded'): load_predictions(path)
     assert not (tmp_path/'ran').exists()
 
@@ -104,7 +105,8 @@ def test_a_failed_write_loses_nothing(tmp_path):
     def content(): return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     before = content()
     with pytest.raises(OSError), atomic_write(path) as new: new.write_text('ha'); raise OSError('no space')
-    with pytest.raises(ValueError): save_result(tmp_path, result | dict(rows=[row | dict(accuracy=np.nan)]), predictions)
+    bad = result | dict(rows=[row | dict(accuracy=np.nan)])
+    with pytest.raises(ValueError): save_result(tmp_path, bad, predictions)
     with pytest.raises(TypeError): m.save_pretrained(tmp_path, config=dict(name=object()))
     more = predictions | dict(labels=np.arange(9))
     with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), more)
