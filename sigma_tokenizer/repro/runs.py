@@ -150,11 +150,12 @@ def run_once(
     dls = image_loaders(data, t['batch_size'], config['normalize'], device,
                         t.get('augment', 'crop'))
     model = _new_model(config, data, device)
-    learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)
+    learn = create_learner(model, dls, t['wd'], _callbacks(config), decay_all=True)
     # evaluation, in epochs: a forward pass is a third of a step; short ones take less
     evaluation = len(rows)*len(data.test)/len(data.train)/3
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint,
-                   made_of=settings, deadline=deadline, after=evaluation)
+                   settings=settings, deadline=deadline,
+                   spare_epochs=evaluation)
     if len(epochs) < t['epochs']: return None
     if time.time() + evaluation*epochs[-1]['seconds'] > deadline: return None
     if folder: _save_model(model, folder)
