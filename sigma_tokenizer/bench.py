@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcore.script import call_parse
 from .tokens import check_int, imagenet_normalize, sample_photos
 from .select import TopK, TopP
-from .models import SigmaModel, create_model, list_models, list_pretrained
+from .models import (SigmaModel, create_model, list_models,
+                                    list_pretrained)
 from .data import atomic_write
 from .training import autocast
 from .evaluation import in_turns
@@ -116,8 +117,8 @@ def _load(name, size):
         if find_spec('timm'): import timm
         if not find_spec('timm') or not timm.is_model(name):
             known = ', '.join([*list_models(), *list_pretrained()])
-            raise ValueError(f'models: got {name!r}; accepted: {known}, a folder, a name '
-                             "on the Hugging Face Hub, or timm's (if timm is installed)")
+            raise ValueError(f'models: got {name!r}; accepted: {known}, a folder, a '
+                             "name of the Hugging Face Hub, or of timm if that is installed")
         cfg = timm.get_pretrained_cfg(name)
         side = size.get('image_size', cfg.input_size[-1])
         kw = dict(img_size=side) if cfg.fixed_input_size else {}
