@@ -46,12 +46,13 @@ class Checkpoint(Callback):
     order = 80  # after the recorder, and after what skips the epochs that are done
     def __init__(self,
         path:str|Path=None,  # the checkpoint; none is kept if None
-        made_of:str='',  # what the run is made of: other checkpoints are refused
+        settings:str='',  # what the run is: a checkpoint of another is refused
         deadline:float=math.inf,  # in seconds, as time.time() tells it
-        after:float=0.  # time needed after the last epoch, in epochs
+        spare_epochs:float=0.  # time needed after the last epoch, in epochs
     ):
-        self.path, self.made_of = path and Path(path), made_of
-        self.deadline, self.after = deadline, after
+        self.path, self.settings = path and Path(path), settings
+        self.deadline = deadline - time.time() + time.monotonic()
+        self.spare_epochs = spare_epochs
         self.log, self.saved, self.next_save, self.unsaved = [], None, 0., False
 
 # %% ../nbs/14_checkpoint.ipynb #8ed0d70a
@@ -61,7 +62,7 @@ def load(self:Checkpoint, learn, epochs):
     if not (self.path and self.path.exists()): return 0
     try:
         saved = torch.load(self.path, map_location='cpu', weights_only=True)
-        same = saved['made_of'] == self.made_of
+        same = saved['settings'] == self.settings
     except Exception as e:
         raise ValueError(f'{self.path}: no checkpoint ({type(e).__name__}); '
                          'delete it to start again') from None
@@ -79,20 +80,22 @@ def load(self:Checkpoint, learn, epochs):
 @patch
 def save(self:Checkpoint):
     "Replace the checkpoint; the next is due after 50 times as long as this one took"
-    smooth, start = self.recorder.smooth_loss, time.time()
-    state = dict(made_of=self.made_of, model=self.model.state_dict(),
+    smooth, start = self.recorder.smooth_loss, time.monotonic()
+    state = dict(settings=self.settings, model=self.model.state_dict(),
                  opt=self.opt.state_dict()['state'], log=self.log,
                  random=_random_states(self.learn),
                  smooth_loss=(smooth.count, float(smooth.val)))
-    with atomic_write(self.path) as new: torch.save(state, new)
-    self.next_save, self.unsaved = time.time() + 50*(time.time() - start), False
+    # torch.save to a path would not say that the disk is full
+    with atomic_write(self.path) as new, open(new, 'wb') as f: torch.save(state, f)
+    now = time.monotonic()
+    self.next_save, self.unsaved = now + 50*(now - start), False
 
 # %% ../nbs/14_checkpoint.ipynb #429c2bf3
 @patch
 def before_epoch(self:Checkpoint):
     "Stop if time is short; after a resume, restore the random states"
-    needed = 1 + self.after*(self.epoch == self.n_epoch - 1)
-    if self.log and time.time() + needed*self.pace > self.deadline:
+    needed = 1 + self.spare_epochs*(self.epoch == self.n_epoch - 1)
+    if self.log and time.monotonic() + needed*self.pace > self.deadline:
         if self.unsaved: self.save()
         raise CancelFitException()
     self.start = self.midway = time.perf_counter()
@@ -129,7 +132,7 @@ def after_epoch(self:Checkpoint):
         print(f'epoch {self.epoch + 1} of {self.n_epoch}: loss {loss:.4f}, '
               f'accuracy {acc:.3f}, {self.seconds:.1f} s', flush=True)
     self.unsaved, last = bool(self.path), self.epoch == self.n_epoch - 1
-    if self.unsaved and (time.time() >= self.next_save or last): self.save()
+    if self.unsaved and (time.monotonic() >= self.next_save or last): self.save()
 
 # %% ../nbs/14_checkpoint.ipynb #92492228
 def train(
@@ -137,7 +140,7 @@ def train(
     epochs:int,  # in all, those of a checkpoint included
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
-    **checkpoint  # arguments of Checkpoint: path, made_of, deadline, after
+    **checkpoint  # of Checkpoint: path, settings, deadline, spare_epochs
 )->list[dict]:  # epoch, train_loss (a running mean), train_accuracy, seconds
     "Fit without validation; the log is shorter if the deadline comes first"
     if schedule not in ('one_cycle', 'constant'):

@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from .tokens import check_int, check_number
 from .select import TopK, TopP
 from .vit import VisionTransformer
-from .training import autocast
+from .training import autocast, check_batches
 
 # %% ../nbs/15_evaluation.ipynb #8e8023fc
 @torch.no_grad()
@@ -30,7 +30,7 @@ def evaluate(
 )->tuple[dict[str, np.ndarray], np.ndarray|None]:  # arrays by name; scores or None
     "labels (n,); preds, confidence, lengths (budgets, n); and scores (n, N)"
     model.eval()
-    said, scores = dict(labels=[], preds=[], confidence=[], lengths=[]), []
+    found, scores = dict(labels=[], preds=[], confidence=[], lengths=[]), []
     for x, y in loader:
         with autocast(x.device, precision):
             tokens = model.embed(x)
@@ -40,18 +40,18 @@ def evaluate(
         lengths = torch.stack([t.lengths + 1 for t in short])
         seen = dict(labels=y, preds=preds, confidence=confidence.half(),
                     lengths=lengths)
-        for name, value in seen.items(): said[name].append(value.cpu())
+        for name, value in seen.items(): found[name].append(value.cpu())
         if tokens.scores is not None: scores.append(tokens.scores.cpu())
-    said = {name: torch.cat(parts, -1).numpy() for name, parts in said.items()}
-    return said, torch.cat(scores).numpy() if scores else None
+    found = {name: torch.cat(parts, -1).numpy() for name, parts in found.items()}
+    return found, torch.cat(scores).numpy() if scores else None
 
 # %% ../nbs/15_evaluation.ipynb #d08bf720
 def _for_length(model, batches, mean_length):
     "TopP with this mean length over the training images"
     seen = [(t.scores, t.mask) for t in map(model.embed, batches())]
     if seen[0][0] is None:
-        raise ValueError(f'model: got {type(model.tokenizer).__name__}; '
-                         'accepted: a model whose tokenizer has scores')
+        raise ValueError(f'model: got {type(model).__name__} without a scorer; '
+                         'accepted: a model with scores')
     width = max(mask.shape[1] for _, mask in seen)
     padded = lambda part: F.pad(part.cpu(), (0, width - part.shape[1]))
     scores, mask = (torch.cat([padded(part) for part in parts]) for parts in zip(*seen))
@@ -113,7 +113,7 @@ def calibrate(
     if (mean_length is None) == (latency_ms is None):
         raise ValueError(f'mean_length, latency_ms: got {mean_length}, {latency_ms}; '
                          'accepted: one of them')
-    check_int('batch_size', batch_size)
+    check_int('batch_size', batch_size); check_batches(dls)
     model.eval()
     device = next(model.parameters()).device
     batches = lambda: (x.to(device) for x, *_ in dls.train)

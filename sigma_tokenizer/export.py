@@ -26,16 +26,17 @@ def _stable_sort(x, stable=None, dim=-1, descending=False):
     return op.CastLike(values, x), at
 
 # %% ../nbs/17_export.ipynb #60f44f2b
-_onnx = 'vit', 'vit_conv', 'vit_conv_gated', 'msvd', 'msvd_gated', 'timm'
-
 def export_onnx(
     model:SigmaModel,  # or what budgeted returns; its keep becomes part of the graph
     path:str|Path,  # the file: images (B, C, H, W) to logits (B, num_classes), any B
     atol:float=1e-4  # largest accepted difference of a logit
 )->float:  # the largest difference found
     "Write an ONNX file with `model.config` as metadata, if onnxruntime gives the same logits"
-    if (name := model.config['name']) not in _onnx:
-        raise ValueError(f'model: got {name}; accepted: {", ".join(_onnx)}')
+    if getattr(getattr(model, 'tokenizer', None), 'square', False):
+        raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose tokens '
+                         'are patches, as ONNX has neither their FFT nor their SVD')
+    if model.training:
+        raise ValueError('model: got one in training; accepted: model.eval()')
     import onnxruntime
     side, chans = model.config['image_size'], model.config['in_chans']
     shape = side if isinstance(side, list) else (side, side)

@@ -8,14 +8,13 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/fft.html.md"""
 __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
 # %% ../nbs/06_fft.ipynb #2a4a8f06
-from dataclasses import replace
 import math
 import torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .tokens import (Tokens, check_finite, check_images, check_int,
-                                    check_number, full_tokens, in_float64, patch_grid)
+from .tokens import (Tokens, check_images, check_int, check_number,
+                                    full_tokens, in_float64, patch_grid)
 from .stem import ConvStem
 
 # %% ../nbs/06_fft.ipynb #816ba8c3
@@ -24,7 +23,6 @@ def log_spectrum(
     shift:bool=True  # bring frequency 0 to the centre
 )->Tensor:  # (B, 2C, M, M), real parts, then imaginary parts; float32 or better
     "sign(v) log(1 + |v|) of the orthonormal 2-D Fourier transform"
-    check_finite('x', x)
     f = torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)), norm='ortho')
     if shift: f = torch.fft.fftshift(f, dim=(-2, -1))
     f = torch.cat([f.real, f.imag], 1)
@@ -68,6 +66,7 @@ def radial_bins(
 # %% ../nbs/06_fft.ipynb #35cb9a92
 class FFTTokenizer(nn.Module):
     "Tokens of a centred square of each image's log-scaled spectrum"
+    grid, square, normalized = None, True, False  # cells of the spectrum, not of the image
     def __init__(self,
         image_size:int=256,  # side M of the images, in pixels
         patch_size:int=16,  # side of one token's block, a power of two
@@ -80,7 +79,8 @@ class FFTTokenizer(nn.Module):
     ):
         super().__init__()
         check_int('image_size', image_size); check_int('in_chans', in_chans)
-        self.n_tokens = math.prod(patch_grid(image_size, patch_size))
+        self.cells = patch_grid(image_size, patch_size)
+        self.n_tokens = math.prod(self.cells)
         if energy is not None:
             check_number('energy', energy, '0 < energy <= 1', lambda p: 0 < p <= 1)
         if energy is not None and (filter_size is not None or band != 'low'):
@@ -138,7 +138,7 @@ def forward(self:FFTTokenizer,
         square = crop(f, self.filter_size).to(x.dtype)
         tokens = full_tokens(self.cut_squares([square])[0])
         position = self.square_positions(self.filter_size).to(x.device)
-        return replace(tokens, position=position.expand(x.shape[0], -1))
+        return tokens.replace(position=position.expand(x.shape[0], -1))
     sides = energy_side(f, self.energy, self.patch_size)
     if torch.compiler.is_exporting(): return self.every_side(f, sides, x.dtype)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}

@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/reduce.html.md"""
 __all__ = ['RestToken', 'MergeDropped', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
-from dataclasses import replace
 import math
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ class RestToken(nn.Module):
     )->Tokens:  # rest token at position -1, score 0; padding if nothing is dropped
         if keep is None: return t
         kept = keep_mask(t, keep); dropped = t.mask & ~kept
-        short, n = gather_kept(t, kept, keep), dropped.sum(1, keepdim=True)
+        short, n = gather_kept(t, kept, keep.most(t)), dropped.sum(1, keepdim=True)
         exporting = torch.compiler.is_exporting()
         if isinstance(keep, TopK) and keep.k >= t.x.shape[1]: return short
         # every image drops some: a GPU need not be waited for
@@ -49,7 +48,7 @@ class RestToken(nn.Module):
         padded = exporting or short.padded or not (known or bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),
                       F.pad(short.scores, (1, 0)),
-                      F.pad(short.position, (1, 0), value=-1), padded, t.cls)
+                      F.pad(short.position, (1, 0), value=-1), padded)
 
 # %% ../nbs/04_reduce.ipynb #eeb1c53e
 class MergeDropped(nn.Module):
@@ -62,14 +61,14 @@ class MergeDropped(nn.Module):
         if keep == TopK(0):
             raise ValueError(f'keep: got {keep}; '
                              'accepted: k >= 1, as dropped tokens need one to join')
-        short = gather_kept(t, kept := keep_mask(t, keep), keep)
+        short = gather_kept(t, kept := keep_mask(t, keep), keep.most(t))
         similarity = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
         to = similarity.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
         own = (kept.cumsum(1) - 1).clamp(min=0)  # a kept token's place among the kept
         places = torch.arange(short.x.shape[1], device=own.device)
         weight = torch.where(kept, own, to)[..., None] == places
         weight = (weight & t.mask[..., None]).to(t.x.dtype)
-        return replace(short, x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
+        return short.replace(x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
 
 # %% ../nbs/04_reduce.ipynb #b0cce3ff
 class GridPool(nn.Module):
@@ -89,5 +88,5 @@ class GridPool(nn.Module):
         if keep is None or keep.k >= n: return t
         s = min(math.isqrt(keep.k), *grid)
         x = F.adaptive_avg_pool2d(t.x.mT.unflatten(2, grid), s).flatten(2).mT
-        return replace(t, x=x, mask=x.new_ones(x.shape[:2], dtype=torch.bool), scores=None,
+        return t.replace(x=x, mask=x.new_ones(x.shape[:2], dtype=torch.bool), scores=None,
                        position=t.position.new_full(x.shape[:2], -1), grid=(s, s))

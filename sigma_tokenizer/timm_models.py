@@ -9,19 +9,20 @@ __all__ = ['default_cfgs']
 
 # %% ../nbs/11_timm.ipynb #ec433e30
 import json, math
-from dataclasses import replace
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-try: from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models._features import feature_take_indices
 except ImportError as e:
     raise ImportError("timm_models needs timm>=1.0.16: "
                       "pip install 'sigma_tokenizer[timm]'") from e
 from .tokens import scatter_tokens
-from .select import TopK, TopP
+from .select import TopK, TopP, resolve_keep
 from .vit import VisionTransformer
-from .models import (SigmaModel, _trained, create_model, list_models,
-                                    list_pretrained)
+from .models import (SigmaModel, _trained, create_model, has_scores,
+                                    list_models, list_pretrained, tokenizer_class)
 
 # %% ../nbs/11_timm.ipynb #52ec9c80
 _sizes = {
@@ -34,7 +35,7 @@ _names = {f'sigma_{name}_{size}': (name, _sizes[size])
 
 def _cfg(name, size, **kw):
     mean, std = (.485, .456, .406), (.229, .224, .225)
-    if name == 'fft': mean, std = (0, 0, 0), (1, 1, 1)
+    if not tokenizer_class(name).normalized: mean, std = (0, 0, 0), (1, 1, 1)
     return dict(num_classes=1000, input_size=(3, size, size), pool_size=None,
                 fixed_input_size=True, crop_pct=1., crop_mode='squash',
                 interpolation='bilinear', mean=mean, std=std,
@@ -57,7 +58,7 @@ default_cfgs = generate_default_cfgs(_cfgs)
 def _build(name, size, num_classes=1000, img_size=None, in_chans=3, **kw):
     "`create_model`, by timm's names"
     side = img_size or size['image_size']
-    if name.endswith('_gated'): kw = dict(reduction='rest') | kw
+    if has_scores(name): kw = dict(reduction='rest') | kw
     kw = dict(image_size=side, in_chans=in_chans, num_classes=num_classes, drop_rate=0.) | kw
     return create_model(name, **size | kw)
 
@@ -82,16 +83,14 @@ def _entry(entry, name, size):
 
 for entry, (name, size) in _names.items(): _entry(entry, name, size)
 
-# %% ../nbs/11_timm.ipynb #0c608f80
-def _taken(indices, depth):
-    "Numbers of the blocks that `indices` means: the last n, these, or all"
-    last, taken = isinstance(indices, int), indices
-    if indices is None: taken = range(depth)
-    elif last: taken = range(depth - indices, depth)
-    if not taken or last and indices > depth or not all(-depth <= i < depth for i in taken):
-        raise ValueError(f'indices: got {indices}; '
-                         f'accepted: up to {depth}, or blocks {-depth} to {depth - 1}')
-    return [i % depth for i in taken]
+# %% ../nbs/11_timm.ipynb #11bb0002
+@patch
+def group_matcher(self:VisionTransformer,
+    coarse:bool=False  # timm's; there is one way
+)->dict:  # patterns of parameters' names
+    "What belongs to which layer, for timm's layer-wise learning rates"
+    return dict(stem=r'^cls_token|^pos_embed|^tokenizer|^scorer|^reduction',
+                blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
 # %% ../nbs/11_timm.ipynb #c60ae8d8
 @patch
@@ -106,33 +105,29 @@ def forward_intermediates(self:VisionTransformer,
     keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
 )->list[Tensor]|tuple[Tensor, list[Tensor]]:  # output (B, 1 + tokens, D), then features
     "Features after blocks; zeros where a token was dropped, cells where they were averaged"
-    grid, n_tokens = getattr(self.tokenizer, 'grid', None), self.tokenizer.n_tokens
-    if grid: grid = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
-    elif hasattr(self.tokenizer, 'patch_size'):
-        grid = math.isqrt(n_tokens), math.isqrt(n_tokens)  # of frequencies
+    grid, n = getattr(self.tokenizer, 'cells', None), self.tokenizer.n_tokens
+    if getattr(self.tokenizer, 'grid', None):
+        grid = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
+        n = math.prod(grid)
     maps = output_fmt == 'NCHW'
     if output_fmt not in ('NCHW', 'NLC') or maps and not grid:
-        raise ValueError(f"output_fmt: got {output_fmt!r}; accepted: {'NCHW, '*bool(grid)}NLC")
-    take, n = _taken(indices, len(self.blocks)), math.prod(grid) if grid else n_tokens
-    outputs = []
-    full = self._embed(x, outputs)
-    short = self.reduce(full, self.keep if keep == 'default' else keep)
-    y, mask = self._sequence(short)
-    blocks = self.blocks[:max(take) + 1] if stop_early else self.blocks
-    for block in blocks[self.drop_after:]:
+        raise ValueError(f'output_fmt: got {output_fmt!r}; '
+                         f"accepted: {'NCHW, '*bool(grid)}NLC")
+    take, last = feature_take_indices(len(self.blocks), indices)
+    t = self.reduce(self.embed(x), resolve_keep(keep, self.keep))
+    (y, mask), outputs = self.sequence(t), {}
+    for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
         y = self.run_block(block, y, mask)
-        outputs.append(y if len(outputs) in take else None)
-    def feature(i):
-        t, z = full if i < self.drop_after else short, outputs[i]
-        if norm: z = self.norm(z)
-        if t.grid not in (None, grid):
+        if i in take: outputs[i] = self.norm(y) if norm else y
+    def feature(z):
+        if t.grid not in (None, grid):  # means over cells
             m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid).flatten(2)
         else:
-            at_place = replace(t, x=z[:, 1:], mask=t.mask & (t.position >= 0))
+            at_place = t.replace(x=z[:, 1:], mask=t.mask & (t.position >= 0))
             m = scatter_tokens(at_place, n).x.mT
         m = m.unflatten(2, grid).contiguous() if maps else m.mT
         return (m, z[:, :1]) if return_prefix_tokens else m
-    features = [feature(i) for i in take]
+    features = [feature(outputs[i]) for i in take]
     return features if intermediates_only else (self.norm(y), features)
 
 # %% ../nbs/11_timm.ipynb #6498f0fc
@@ -143,8 +138,8 @@ def prune_intermediate_layers(self:VisionTransformer,
     prune_head:bool=True  # drop the head
 )->list[int]:  # the blocks that indices means
     "Drop what those blocks do not need"
-    take = _taken(indices, len(self.blocks))
-    self.blocks = self.blocks[:max(take) + 1]
+    take, last = feature_take_indices(len(self.blocks), indices)
+    self.blocks = self.blocks[:last + 1]
     if prune_norm: self.norm = nn.Identity()
     if prune_head: self.reset_classifier(0)
     return take
@@ -154,5 +149,5 @@ def feature_info(self:VisionTransformer
 )->list[dict]:  # module, num_chs (channels), reduction (pixels to one cell)
     "What timm asks of each block's features"
     reduction = getattr(self.tokenizer, 'patch_size', 1)
-    return [dict(module=f'blocks.{i}', num_chs=self.tokenizer.embed_dim, reduction=reduction)
-            for i in range(len(self.blocks))]
+    return [dict(module=f'blocks.{i}', num_chs=self.tokenizer.embed_dim,
+                 reduction=reduction) for i in range(len(self.blocks))]

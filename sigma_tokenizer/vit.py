@@ -1,4 +1,4 @@
-"""Patches, the encoder, and one model class for every tokenizer
+"""The encoder, and one model class for every tokenizer
 
 Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/vit.html.md"""
 
@@ -8,16 +8,13 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/vit.html.md"""
 __all__ = ['attend', 'pad_tokens', 'Attention', 'Block', 'VisionTransformer', 'resize_positions']
 
 # %% ../nbs/09_vit.ipynb #6d2eb727
-import math
-from dataclasses import replace
 from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .tokens import (Tokens, check_images, check_int, check_number, full_tokens,
-                                    patch_grid, scatter_tokens, sinusoidal)
-from .select import TopK, TopP, check_keep, select
+from .tokens import Tokens, check_int, check_number, sinusoidal
+from .select import TopK, TopP, check_keep, resolve_keep, select
 
 # %% ../nbs/09_vit.ipynb #d805563c
 def attend(
@@ -121,25 +118,24 @@ class VisionTransformer(nn.Module):
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of the token width
         drop_rate:float=.1,  # dropout, on the positions and inside the blocks
         pos_embed:str='sinusoidal',  # 'sinusoidal' or 'learned'
-        keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all tokens
+        scorer:nn.Module|None=None,  # Tokens -> Tokens with scores, such as Scorer
         reduction:nn.Module|None=None,  # (Tokens, budget) -> Tokens; None drops (select)
-        drop_after:int=0  # blocks that see all tokens, before the budget
+        keep:TopK|TopP|None=None  # the budget when a call names none; None keeps all tokens
     ):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
-            raise ValueError(f"pos_embed: got {pos_embed!r}; accepted: 'sinusoidal', 'learned'")
+            raise ValueError(f"pos_embed: got {pos_embed!r}; "
+                             "accepted: 'sinusoidal', 'learned'")
         check_int('depth', depth, 0); check_int('num_classes', num_classes, 0)
-        check_keep(keep); check_int('drop_after', drop_after, 0)
-        if drop_after and drop_after >= depth:
-            raise ValueError(f'drop_after: got {drop_after}; accepted: '
-                             f'0 to {max(depth - 1, 0)}, as there are {depth} blocks')
-        self.tokenizer, self.keep, self.reduction = tokenizer, keep, reduction
-        self.drop_after = drop_after
+        check_keep(keep)
+        self.tokenizer, self.scorer, self.reduction = tokenizer, scorer, reduction
+        self.keep = keep
         dim, n = tokenizer.embed_dim, 1 + tokenizer.n_tokens
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)*.02)
         if pos_embed == 'learned': self.pos_embed = nn.Parameter(torch.randn(n, dim)*.02)
         else:
-            self.register_buffer('pos_embed', sinusoidal(n, dim), persistent=False)
+            pos = sinusoidal(n, dim).to(self.cls_token)
+            self.register_buffer('pos_embed', pos, persistent=False)
             self.register_load_state_dict_post_hook(_fill_positions)
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, drop_rate)
                                      for _ in range(depth)])
@@ -177,41 +173,24 @@ def resize_positions(
 def embed(self:VisionTransformer,
     x:Tensor  # (B, C, H, W) images
 )->Tokens:  # (B, N, D), every token of the tokenizer
-    "All tokens, position vectors added, after the first `drop_after` blocks"
-    return self._embed(x)
-
-@patch
-def _embed(self:VisionTransformer, x, outputs=None):
+    "All tokens, scored if there is a scorer, position vectors added"
     if self.training and torch.compiler.is_exporting():
         raise ValueError('export: got a model in training; '
                          'accepted: one in evaluation, `model.eval()`')
-    def place(t):
-        pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
-        if grid:
-            now = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
-            if now != grid: pos = resize_positions(pos, grid, now)
-        return replace(t, x=t.x + F.embedding(1 + t.position, pos))
-    if not self.drop_after: return place(self.tokenizer(x))
-    def first(t): return self._first_blocks(place(t), outputs)
-    if hasattr(self.tokenizer, 'scorer'): return self.tokenizer(x, first)
-    return first(self.tokenizer(x))
+    t = self.tokenizer(x)
+    if self.scorer is not None: t = self.scorer(t)
+    pos, grid = self.pos_embed, getattr(self.tokenizer, 'grid', None)
+    if grid and t.grid != grid: pos = resize_positions(pos, grid, t.grid)
+    return t.replace(x=t.x + F.embedding(1 + t.position, pos))
 
 @patch
-def _sequence(self:VisionTransformer, t):
-    "The class token and the tokens, (B, 1 + N, D), and their mask or None"
+def sequence(self:VisionTransformer,
+    t:Tokens  # of embed or reduce
+)->tuple[Tensor, Tensor|None]:  # (B, 1 + N, D) and a mask (B, 1 + N), None if all are real
+    "What the first block reads: the class token, then the tokens"
     mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
-    if t.cls is not None: return torch.cat([t.cls, t.x], 1), mask
     cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
     return self.drop(torch.cat([cls, t.x], 1)), mask
-
-@patch
-def _first_blocks(self:VisionTransformer, t, outputs):
-    "Tokens and class token after the blocks that see all tokens"
-    x, mask = self._sequence(t)
-    for block in self.blocks[:self.drop_after]:
-        x = self.run_block(block, x, mask)
-        if outputs is not None: outputs.append(x)
-    return replace(t, x=x[:, 1:], cls=x[:, :1])
 
 # %% ../nbs/09_vit.ipynb #5cc8ba93
 @patch
@@ -220,8 +199,7 @@ def reduce(self:VisionTransformer,
     keep:TopK|TopP|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
-    short = (self.reduction or select)(t, keep)
-    return short if t.cls is None else replace(short, cls=t.cls)
+    return (self.reduction or select)(t, keep)
 
 # %% ../nbs/09_vit.ipynb #610c3c72
 @patch
@@ -229,7 +207,7 @@ def encode(self:VisionTransformer,
     t:Tokens  # of embed or reduce
 )->Tensor:  # (B, D)
     "The class token's output for these tokens, and no others"
-    (x, mask), blocks = self._sequence(t), self.blocks[self.drop_after:]
+    x, mask = self.sequence(t)
     if not self.blocks:
         if mask is None: return self.norm(x.mean(1))
         return self.norm((x*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
@@ -237,9 +215,9 @@ def encode(self:VisionTransformer,
     packed = x.device.type == 'cpu' and not torch.compiler.is_compiling()
     packed = packed and mask is not None
     if packed: x = x[mask]
-    for block in blocks[:-1]: x = self.run_block(block, x, mask)
+    for block in self.blocks[:-1]: x = self.run_block(block, x, mask)
     if packed: x = pad_tokens(x, mask)
-    for block in blocks[-1:]: x = self.run_block(block, x, mask, True)
+    x = self.run_block(self.blocks[-1], x, mask, True)
     return self.norm(x[:, :1])[:, 0]
 
 @patch
@@ -255,13 +233,13 @@ def forward_features(self:VisionTransformer,
     keep:TopK|TopP|None|list|str='default'  # budget; None: all tokens; 'default': model.keep
 )->Tensor:  # (B, D); (n, B, D) for a list of n budgets
     "The class token's output"
-    if isinstance(keep, str) and keep == 'default': keep = self.keep
     several = isinstance(keep, (list, tuple))
     if several and not keep:
         raise ValueError('keep: got an empty list; accepted: at least one budget')
+    budgets = [resolve_keep(k, self.keep) for k in (keep if several else [keep])]
     t = self.embed(x)
-    if several: return torch.stack([self.encode(self.reduce(t, k)) for k in keep])
-    return self.encode(self.reduce(t, keep))
+    features = [self.encode(self.reduce(t, k)) for k in budgets]
+    return torch.stack(features) if several else features[0]
 
 @patch
 def forward_head(self:VisionTransformer,
@@ -298,14 +276,6 @@ def no_weight_decay(self:VisionTransformer
 )->set[str]:  # names of parameters
     "The class token and learned positions"
     return {n for n, _ in self.named_parameters() if n in ('cls_token', 'pos_embed')}
-
-@patch
-def group_matcher(self:VisionTransformer,
-    coarse:bool=False  # timm's; there is one way
-)->dict:  # patterns of parameters' names
-    "What belongs to which layer, for timm's layer-wise learning rates"
-    return dict(stem=r'^cls_token|^pos_embed|^tokenizer|^reduction',
-                blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
 # %% ../nbs/09_vit.ipynb #d75d80f5
 @patch
