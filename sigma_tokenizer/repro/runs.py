@@ -162,12 +162,13 @@ def run_once(
                         t.get('augment', 'crop'))
     model = _new_model(config, data, device)
     # every run of the tables decays all parameters
-    learn = create_learner(model, dls, t['wd'], _callbacks(config), spare=False)
+    learn = create_learner(model, dls, t['wd'], _callbacks(config),
+                           decay_all=True)
     names, keeps, reported = zip(*_rows(run, config))
     # a forward pass is a third of a step; short ones take less
     after = len(keeps)*len(data.test)/len(data.train)/3
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint,
-                   made_of=made_of, deadline=deadline, after=after)
+                   settings=made_of, deadline=deadline, spare_epochs=after)
     if len(epochs) < t['epochs']: return None
     if time.time() + after*epochs[-1]['seconds'] > deadline: return None
     if folder:
