@@ -1,7 +1,7 @@
 "Files from anyone: nothing in them is run, what is wrong is named, and a failed write loses nothing"
-import io, pickle, struct, zlib
+import io, os, pickle, struct, subprocess, sys, zlib
 from pathlib import Path
-import numpy as np, pytest, torch
+import matplotlib, numpy as np, pytest, torch
 from PIL import Image
 from sigma_tokenizer import SigmaModel, create_model
 from sigma_tokenizer.repro.results import load_predictions, load_result, save_result
@@ -10,6 +10,7 @@ from sigma_tokenizer.repro.folders import folder_data
 from sigma_tokenizer.predict import sigma_predict
 from sigma_tokenizer.repro.experiments import load_preset
 from sigma_tokenizer.checkpoint import Checkpoint
+from sigma_tokenizer.tokens import sample_photos
 from conftest import small
 
 class Program:
@@ -159,8 +160,28 @@ def test_a_failed_write_loses_nothing(tmp_path):
     with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), said | dict(labels=np.arange(9)))
     assert content() == before
 
-@pytest.mark.parametrize('args', [['none.jpg'], ['none.jpg', '--model', 'none'], ['none.jpg', '--keep', '-1']])
-def test_sigma_predict_says_what_is_wrong(args, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: sigma_predict([*args, '--out', str(tmp_path)])
-    said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err
-    assert e.value.code != 0 and len(said.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
+def test_photographs_with_any_name(tmp_path):
+    "The command itself, without a home, in a terminal that knows no Cyrillic; one photograph lies on its side"
+    names = ['a.jpg', '$b$ $.jpg', 'ф'*120 + '.jpg', 'x'*251 + '.jpg', 'z.jpg']
+    image = Image.fromarray((sample_photos(64)[1].movedim(0, -1)*255).byte().numpy()); exif = Image.Exif(); exif[0x112] = 6
+    for name in names[:-1]: image.save(tmp_path/name, quality=95)
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'z.jpg', quality=95, exif=exif)
+    env = os.environ | dict(HOME='/dev/null', PYTHONIOENCODING='ascii', MPLCONFIGDIR=matplotlib.get_cachedir()); env.pop('XDG_CACHE_HOME', None)
+    command = [Path(sys.executable).with_name('sigma_predict'), *names, 'none.jpg', 'out', '--keep', '4', '--out', 'out']
+    (tmp_path/'out').mkdir(); p = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line.split(': ', 1)[1][:17] for line in p.stdout.splitlines()]
+    assert len({*said}) == 1 and len([*tmp_path.glob('out/*.kept.png')]) == len(said) == len(names), p.stdout
+    assert p.returncode == 1 and 'none.jpg: No such file or directory\nout: Is a directory\n' in p.stderr
+
+@pytest.mark.parametrize('args, said', [
+    (['--keep', '-1'], 'k: got -1'), (['--top-p', '2'], 'p: got 2'), (['--model', 'mine'], "name: got 'mine'"),
+    (['a.png', 'a.jpg'], 'images: got a.jpg'), (['a.kept.png', 'a.png'], 'images: got a.png'),
+    (['--model', 'bare'], 'model: got one without a head'), (['--model', 'fft'], 'model: got fft'), (['--out', 'a.jpg'], 'a.jpg')])
+def test_sigma_predict_says_what_is_wrong(args, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path); photo(tmp_path/'a.jpg'); before = {*tmp_path.iterdir()}
+    if args[-1] == 'bare': create_model('vit', num_classes=0, **small).save_pretrained('bare')
+    if args[-1] == 'fft': create_model('fft', **small).save_pretrained('fft')
+    files = [] if args[0][0] == 'a' else ['a.jpg']
+    with pytest.raises(SystemExit) as e: sigma_predict([*files, *args])
+    assert said in e.value.code and '\n' not in e.value.code and not capsys.readouterr().out
+    assert {*tmp_path.iterdir()} - before <= {tmp_path/'bare', tmp_path/'fft'}
