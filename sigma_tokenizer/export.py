@@ -33,8 +33,8 @@ def export_onnx(
 )->float:  # the largest difference found
     "Write an ONNX file with `model.config` as metadata, if onnxruntime gives the same logits"
     if getattr(getattr(model, 'tokenizer', None), 'square', False):
-        raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose tokens '
-                         'are patches, as ONNX has neither their FFT nor their SVD')
+        raise ValueError(f'model: got {model.config["name"]}; accepted: a model whose '
+                         'tokens are patches, as ONNX has neither their FFT nor their SVD')
     if model.training:
         raise ValueError('model: got one in training; accepted: model.eval()')
     import onnxruntime

@@ -66,7 +66,7 @@ def radial_bins(
 # %% ../nbs/06_fft.ipynb #35cb9a92
 class FFTTokenizer(nn.Module):
     "Tokens of a centred square of each image's log-scaled spectrum"
-    grid, square, normalized = None, True, False  # cells of the spectrum, not of the image
+    grid, square, normalized = None, True, False  # its cells are frequencies
     def __init__(self,
         image_size:int=256,  # side M of the images, in pixels
         patch_size:int=16,  # side of one token's block, a power of two

@@ -63,13 +63,13 @@ def has_scores(
 
 # %% ../nbs/10_models.ipynb #e4ff15da
 def _check_reduction(name, reduction, keep):
-    pool = '' if tokenizer_class(name).square else " or 'pool'"  # which needs a grid of patches
-    pooled = pool and reduction == 'pool'
-    if reduction in _reductions and (has_scores(name) or pooled or not (reduction or keep)):
-        return
+    pool = '' if tokenizer_class(name).square else " or 'pool'"  # for a grid of patches
+    pooled, none = pool and reduction == 'pool', not (reduction or keep)
+    if reduction in _reductions and (has_scores(name) or pooled or none): return
     accepted = f'None{pool}, as the tokens of {name} have no scores'
     if has_scores(name): accepted = ', '.join(map(str, _reductions))
-    raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; accepted: {accepted}')
+    raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
+                     f'accepted: {accepted}')
 
 def _make_tokenizer(name, kw, **args):
     "The tokenizer of that name; `args` are for all of them, `kw` its own"
@@ -169,11 +169,11 @@ def save_pretrained(self:SigmaModel,
 ):
     "Write weights, `config.json` and a model card, each file whole or not at all"
     with torch.device('meta'): again = SigmaModel(**self.config)
-    shapes, own = ({n: v.shape for n, v in m.state_dict().items()} for m in (again, self))
-    if changed := sorted(n for n in {*shapes, *own} if shapes.get(n) != own.get(n)):
-        raise ValueError(f'model: got {", ".join(changed[:3])}, which its arguments do not '
-                         'make; accepted: a head of `reset_classifier`, and other parts as '
-                         'they were (or save the `state_dict`)')
+    made, own = ({n: v.shape for n, v in m.state_dict().items()} for m in (again, self))
+    if changed := sorted(n for n in {*made, *own} if made.get(n) != own.get(n)):
+        raise ValueError(f'model: got {", ".join(changed[:3])}, which its arguments do '
+                         'not make; accepted: a head of `reset_classifier`, and other '
+                         'parts as they were (or save the `state_dict`)')
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix='.saving') as tmp:
         kwargs['repo_id'] = kwargs.get('repo_id') or folder.resolve().name

@@ -8,7 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/predict.html.md"""
 __all__ = ['Prediction', 'predict', 'show_kept', 'predict_files', 'sigma_predict']
 
 # %% ../nbs/16_predict.ipynb #fabcf99b
-import math, sys
+import math, os, sys
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from .tokens import imagenet_normalize
-from .select import TopK, TopP
+from .select import TopK, TopP, resolve_keep
 from .models import SigmaModel
 from .data import atomic_write, decode
 
@@ -38,12 +38,17 @@ def predict(
     keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
 )->list[Prediction]:
     "The most likely class of each image"
-    if not model.num_classes: raise ValueError('model: got one without a head; accepted: one with classes')
+    if not model.num_classes:
+        raise ValueError('model: got one without a head; accepted: one with classes')
+    bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError('images: got NaN or infinite pixels in '
+                         f'{", ".join(f"images[{i}]" for i in bad)}; accepted: finite ones')
     full = model.embed(imagenet_normalize(images) if model.normalize else images)
-    short = model.reduce(full, model.keep if keep == 'default' else keep)
+    short = model.reduce(full, resolve_keep(keep, model.keep))
     probability, best = model.head(model.encode(short)).float().softmax(-1).max(-1)
-    n = int(full.position.max()) + 1
-    at = torch.where(short.mask & (short.position >= 0), short.position, n)  # n: padding, and the rest token
+    n = int(full.position.max()) + 1  # also for padding and the rest token, below
+    at = torch.where(short.mask & (short.position >= 0), short.position, n)
     kept = short.mask.new_zeros(len(images), n + 1).scatter(1, at, True)[:, :n].cpu()
     rest = (short.mask & (short.position < 0)).any(1).tolist()
     scores = [None]*len(images) if full.scores is None else full.scores.float().cpu()
@@ -73,32 +78,43 @@ def show_kept(
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)  # a class may be named $
     return fig
+
+# %% ../nbs/16_predict.ipynb #ebe58498
+def _pictures(files, out):
+    "Where the kept tokens of each file are drawn, under names of up to 255 bytes"
+    taken, pictures = {f.resolve() for f in files}, []
+    for f in files:
+        stem = f.stem
+        while len(os.fsencode(f'{stem}.kept.png')) > 255: stem = stem[:-1]
+        pictures.append(out/f'{stem}.kept.png')
+        if pictures[-1] in taken:
+            raise ValueError(f'images: got {f}; accepted: one whose picture, '
+                             f'{pictures[-1].name}, is no other image or picture')
+        taken.add(pictures[-1])
+    return pictures
 
 # %% ../nbs/16_predict.ipynb #6e5406f1
 def predict_files(
     files:list[str|Path],  # images
     model:SigmaModel,  # in evaluation mode; its tokens are patches
     keep:TopK|TopP|None|str='default',  # budget
-    out:str|Path='.'  # folder for the pictures, made if missing
+    out:str|Path='.',  # folder for the pictures, made if missing
+    bits:int=16  # 8 to 16, that grey images of more than 8 bits use
 )->int:  # number of unreadable files
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
     config = model.config
-    if config['name'] in ('fft', 'svd') or config['reduction'] == 'pool':
+    if model.tokenizer.grid is None or config['reduction'] == 'pool':
         raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}; '
                          'accepted: one that keeps patches, to be drawn')
     if config['in_chans'] != 3 or not isinstance(config['image_size'], int):
         raise ValueError(f'model: got {config["in_chans"]} channels, {config["image_size"]} '
                          'pixels; accepted: square RGB images')
     files, bad = [Path(f) for f in files], 0
-    pictures = [Path(out).resolve()/f'{f.stem}.kept.png' for f in files]
-    if len({*pictures}) < len(files) or {*pictures} & {f.resolve() for f in files}:
-        raise ValueError(f'images: got {", ".join(f.name for f in files)}; accepted: images '
-                         'whose pictures, NAME.kept.png, are drawn over neither an image '
-                         'nor each other')
+    pictures = _pictures(files, Path(out).resolve())
     for file, picture in zip(files, pictures):
-        got = [decode(file, side) for side in (config['image_size'], 256)]
+        got = [decode(file, side, bits) for side in (config['image_size'], 256)]
         if isinstance(got[0], str):
             print(f'{file}: {got[0]}', file=sys.stderr); bad += 1
             continue
@@ -126,6 +142,9 @@ def sigma_predict(
     parser.add_argument('--model', default='msvd_short_intel64',
                         help='a trained model of the package, a folder, or a name on the '
                         'Hugging Face Hub (default: %(default)s)')
+    parser.add_argument('--bits', metavar='B', type=int, default=16, choices=range(8, 17),
+                        help='bits that grey images of more than 8 bits use '
+                        '(default: %(default)s)')
     parser.add_argument('--out', default='.',
                         help='folder of the pictures (default: %(default)s)')
     a = parser.parse_args(args)
@@ -136,5 +155,6 @@ def sigma_predict(
         if a.keep is not None: keep = TopK(a.keep)
         if a.top_p is not None: keep = TopP(a.top_p)
         model = SigmaModel.from_pretrained(a.model)
-        sys.exit(int(predict_files(a.images, model, keep, a.out) > 0))
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'sigma_predict: {e}')
+        sys.exit(int(predict_files(a.images, model, keep, a.out, a.bits) > 0))
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f'sigma_predict: {" ".join(str(e).split())}')

@@ -21,7 +21,8 @@ def _ranked(scores, mask):
     # half precision does not have that many steps
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # a token that is not a number comes first: its image has no answer but NaN
-    steps = (exact.nan_to_num(1)*2**16).round().long().clamp(min=1).masked_fill(~mask, 0)
+    steps = (exact.nan_to_num(1)*2**16).round().long().clamp(min=1)
+    steps = steps.masked_fill(~mask, 0)
     return steps.sort(dim=1, descending=True, stable=True)
 
 def _keep_first(order, n, mask):

@@ -164,7 +164,7 @@ def kept_triplets(
         x, parts = _at_least_float32(x), []
         todo = torch.arange(len(x), device=x.device)
         total = x.square().sum((2, 3)).double().sum(1)
-        # an image that is not finite has NaN as its triplet, and the others are left alone
+        # an image that is not finite has NaN as its triplet; the others are left alone
         finite = total.isfinite(); total = torch.where(finite, total, 0)
         x = torch.where(finite[:, None, None, None], x, 0)
         M = x.shape[-1]

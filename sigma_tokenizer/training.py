@@ -68,8 +68,8 @@ class SparsityLoss(Callback):
         if not self.training: return
         scorer = getattr(_unwrapped(self.model), 'scorer', None)
         if scorer is None:
-            raise ValueError(f'SparsityLoss: got {type(self.model).__name__}, without a '
-                             'scorer; accepted: a model whose `scorer` gives scores')
+            raise ValueError(f'SparsityLoss: got {type(self.model).__name__}, without '
+                             'a scorer; accepted: a model whose `scorer` gives scores')
         self.hook = scorer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
@@ -223,8 +223,9 @@ def check_batches(
 ):
     "Raise a `ValueError` if there is no whole batch to train on"
     if not len(dls.train):
-        raise ValueError(f'dls: got {len(dls.train.dataset)} training images in batches of '
-                         f'{dls.train.bs}, of which none is full; accepted: at least one batch')
+        raise ValueError(f'dls: got {len(dls.train.dataset)} training images in batches '
+                         f'of {dls.train.bs}, of which none is full; '
+                         'accepted: at least one batch')
 
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits

@@ -109,18 +109,18 @@ def _fill_positions(model, incompatible_keys):
 
 # %% ../nbs/09_vit.ipynb #77b842c1
 class VisionTransformer(nn.Module):
-    "A Transformer encoder behind any tokenizer, with the class token's output classified"
+    "A Transformer encoder behind any tokenizer; the class token's output is classified"
     def __init__(self,
         tokenizer:nn.Module,  # images -> Tokens; has embed_dim and n_tokens
         num_classes:int=6,  # classes; 0 for no head: the features come out
         depth:int=12,  # blocks; 0: the mean of class token and tokens instead
         num_heads:int=12,  # attention heads, a divisor of the tokenizer's embed_dim
-        mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of the token width
+        mlp_ratio:float=4.,  # hidden width of a block's MLP, in token widths
         drop_rate:float=.1,  # dropout, on the positions and inside the blocks
         pos_embed:str='sinusoidal',  # 'sinusoidal' or 'learned'
         scorer:nn.Module|None=None,  # Tokens -> Tokens with scores, such as Scorer
-        reduction:nn.Module|None=None,  # (Tokens, budget) -> Tokens; None drops (select)
-        keep:TopK|TopP|None=None  # the budget when a call names none; None keeps all tokens
+        reduction:nn.Module|None=None,  # (Tokens, budget) -> Tokens; None: select
+        keep:TopK|TopP|None=None  # the budget when a call names none; None keeps all
     ):
         super().__init__()
         if pos_embed not in ('sinusoidal', 'learned'):
@@ -143,19 +143,21 @@ class VisionTransformer(nn.Module):
         self.norm, self.grad_checkpointing = nn.LayerNorm(dim), False
         self.reset_classifier(num_classes)
 
-    def reset_classifier(self,
-        num_classes:int,  # classes; 0 for no head: the features come out
-        global_pool:str|None=None  # timm's: 'token' is all there is
-    ):
-        "A new head, untrained, on the device and in the precision of the model"
-        check_int('num_classes', num_classes, 0)
-        if global_pool not in (None, 'token'):
-            raise ValueError(f"global_pool: got {global_pool!r}; accepted: 'token'")
-        self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(),
-                                      nn.Linear(128, num_classes)).to(self.cls_token)
+# %% ../nbs/09_vit.ipynb #09dd0001
+@patch
+def reset_classifier(self:VisionTransformer,
+    num_classes:int,  # classes; 0 for no head: the features come out
+    global_pool:str|None=None  # timm's: 'token' is all there is
+):
+    "A new head, untrained, on the device and in the precision of the model"
+    check_int('num_classes', num_classes, 0)
+    if global_pool not in (None, 'token'):
+        raise ValueError(f"global_pool: got {global_pool!r}; accepted: 'token'")
+    self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
+    self.head = nn.Identity()
+    if num_classes:
+        self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(),
+                                  nn.Linear(128, num_classes)).to(self.cls_token)
 
 # %% ../nbs/09_vit.ipynb #aee20d21
 def resize_positions(
@@ -186,7 +188,7 @@ def embed(self:VisionTransformer,
 @patch
 def sequence(self:VisionTransformer,
     t:Tokens  # of embed or reduce
-)->tuple[Tensor, Tensor|None]:  # (B, 1 + N, D) and a mask (B, 1 + N), None if all are real
+)->tuple[Tensor, Tensor|None]:  # (B, 1 + N, D), and a mask unless all are real
     "What the first block reads: the class token, then the tokens"
     mask = F.pad(t.mask, (1, 0), value=True) if t.padded else None
     cls = (self.cls_token + self.pos_embed[0]).expand(t.x.shape[0], -1, -1)
@@ -230,7 +232,7 @@ def run_block(self:VisionTransformer, block, x, mask, cls_only=False):
 @patch
 def forward_features(self:VisionTransformer,
     x:Tensor,  # (B, C, H, W) images
-    keep:TopK|TopP|None|list|str='default'  # budget; None: all tokens; 'default': model.keep
+    keep:TopK|TopP|None|list|str='default'  # budget(s); None: all; 'default': model.keep
 )->Tensor:  # (B, D); (n, B, D) for a list of n budgets
     "The class token's output"
     several = isinstance(keep, (list, tuple))
@@ -252,7 +254,7 @@ def forward_head(self:VisionTransformer,
 @patch
 def forward(self:VisionTransformer,
     x:Tensor,  # (B, C, H, W) images
-    keep:TopK|TopP|None|list|str='default'  # budget; None: all tokens; 'default': model.keep
+    keep:TopK|TopP|None|list|str='default'  # budget(s); None: all; 'default': model.keep
 )->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
     "Logits, or the features if there is no head"
     return self.forward_head(self.forward_features(x, keep))

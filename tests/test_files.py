@@ -1,7 +1,7 @@
 "Files from anyone: nothing in them is run, what is wrong is named, and a failed write loses nothing"
-import io, pickle, struct, zlib
+import io, os, pickle, struct, subprocess, sys, zlib
 from pathlib import Path
-import numpy as np, pytest, torch
+import matplotlib, numpy as np, pytest, torch
 from PIL import Image
 from sigma_tokenizer import SigmaModel, create_model
 from sigma_tokenizer.repro.results import load_predictions, load_result, save_result
@@ -10,6 +10,7 @@ from sigma_tokenizer.repro.folders import folder_data
 from sigma_tokenizer.predict import sigma_predict
 from sigma_tokenizer.repro.experiments import load_preset
 from sigma_tokenizer.checkpoint import Checkpoint
+from sigma_tokenizer.tokens import sample_photos
 from conftest import small
 
 class Program:
@@ -41,21 +42,23 @@ def test_a_pickle_is_no_checkpoint(tmp_path):
         with pytest.raises(ValueError, match='a.ckpt: no checkpoint'): Checkpoint(tmp_path/'a.ckpt').load(None, 1)
     assert not (tmp_path/'ran').exists()
 
-row = dict(row='ViT', accuracy=.5, f1=.4, mean_length=65., images=4)
+row = dict(row='ViT', budget='all', accuracy=.5, f1=.4, mean_length=65., images=4)
 data = dict(name='x', evaluated='test', classes=['a', 'b'], train=9, test=4, fingerprint='f', unreadable=[])
-result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'}, device='cpu',
-              seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
-said = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300), confidence=np.ones((1, 4)))
+result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'},
+              device='cpu', seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
+predictions = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300),
+                   confidence=np.ones((1, 4)))
 
 def test_results(tmp_path):
-    path = save_result(tmp_path, result, said); good = path.read_text()
+    path = save_result(tmp_path, result, predictions); good = path.read_text()
     assert load_result(path) == result
-    for k, v in load_predictions(path).items(): assert (v == said[k]).all()
+    for k, v in load_predictions(path).items(): assert (v == predictions[k]).all()
     for bad in [good[:-20], '', '[]', '['*9999, good.replace('0.5', 'NaN'), good.replace('"seed": 1', '"seed": "1"'),
                 good.replace('"device"', '"devise"')]:
         path.write_text(bad)
         with pytest.raises(ValueError, match=path.name): load_result(path)
-    with open(path.with_suffix('.npz'), 'wb') as f: np.savez(f, labels=np.array([Program(tmp_path/'ran')], dtype=object))
+    program = np.array([Program(tmp_path/'ran')], dtype=object)
+    with open(path.with_suffix('.npz'), 'wb') as f: np.savez(f, labels=program)
     with pytest.raises(ValueError, match='Object arrays cannot be loaded'): load_predictions(path)
     assert not (tmp_path/'ran').exists()
 
@@ -73,43 +76,116 @@ def huge_header():
     chunk = lambda kind, content: struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 10**5, 10**5, 8, 2, 0, 0, 0)) + chunk(b'IDAT', b'')
 
-def test_unreadable_images(tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache')); rng = np.random.default_rng(0)
+def photo(file, x=None, kind=None):
+    "Save noise, or these pixels"
+    if x is None: x = np.random.default_rng(zlib.crc32(str(file).encode())).integers(0, 255, (48, 64, 3), np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(x).save(file, kind)
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Two classes, 8 training images and 4 test images; the cache is elsewhere"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache')); root = tmp_path/'photos'
     for split, n in (('train', 4), ('test', 2)):
         for c in 'ab':
-            (tmp_path/'photos'/split/c).mkdir(parents=True)
-            for i in range(n):
-                Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(tmp_path/f'photos/{split}/{c}/{i}.jpg')
-    jpeg = (tmp_path/'photos/train/a/0.jpg').read_bytes(); png = io.BytesIO(); Image.new('L', (1, 1)).save(png, 'PNG')
-    bad = {'cut.jpg': jpeg[:len(jpeg)//2], 'text.jpg': b'text', 'empty.jpg': b'', 'huge.png': huge_header(),
-           'dot.png': png.getvalue(), 'eps.jpg': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n'}
-    for name, content in bad.items(): (tmp_path/'photos/train/a'/name).write_bytes(content)
-    (tmp_path/'photos/test/b/nowhere.jpg').symlink_to('nowhere')
-    with pytest.warns(UserWarning) as warned: found = folder_data(tmp_path/'photos', 32)
+            for i in range(n): photo(root/split/c/f'{i}.jpg')
+    return root
+
+def test_unreadable_images(folder, tmp_path):
+    jpeg = (folder/'train/a/0.jpg').read_bytes(); png = io.BytesIO(); Image.new('L', (1, 1)).save(png, 'PNG')
+    bad = {'cut.jpg': jpeg[:len(jpeg)//2], 'text.jpg': b'text', 'empty.jpg': b'', 'huge.png': huge_header(), 'README': b'text',
+           'dot.png': png.getvalue(), 'eps.jpg': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n', 'a.heic': jpeg}
+    for name, content in bad.items(): (folder/'train/a'/name).write_bytes(content)
+    (folder/'test/b/nowhere.jpg').symlink_to('nowhere')
+    with pytest.warns(UserWarning) as warned: found = folder_data(folder, 32)
     names = {*(f'train/a/{n}' for n in bad), 'test/b/nowhere.jpg'}
     assert {f for f, _ in found.left_out} == names and all(why for _, why in found.left_out)
     assert 'cannot identify' in dict(found.left_out)['train/a/eps.jpg']  # reading it would start another program
-    assert f'{len(names)} unreadable' in str(warned[0].message) and all(n in str(warned[0].message) for n in names)
+    assert f'{len(names)} files in' in str(warned[0].message) and all(n in str(warned[0].message) for n in names)
     assert (len(found.train), len(found.test)) == (8, 4) and found.train.images.shape == (8, 40, 40, 3)
-    with pytest.warns(UserWarning): again = folder_data(tmp_path/'photos', 32)  # of the cache
+    with pytest.warns(UserWarning): again = folder_data(folder, 32)  # of the cache
     assert again.left_out == found.left_out and again.fingerprint == found.fingerprint
-    with pytest.raises(SystemExit) as e: sigma_predict([str(tmp_path/'photos/train/a/cut.jpg'), '--out', str(tmp_path)])
+    with pytest.raises(SystemExit) as e: sigma_predict([str(folder/'train/a/cut.jpg'), '--out', str(tmp_path)])
     assert e.value.code == 1 and not [*tmp_path.glob('*.png')]
 
+@pytest.mark.filterwarnings('error')
+def test_what_others_leave_in_a_folder(folder):
+    clean = folder_data(folder, 32)
+    for d in ('train', 'train/a', 'test/b/deeper'):
+        for of_others in ('@eaDir', '__MACOSX', '.thumbnails', '$RECYCLE.BIN'): photo(folder/d/of_others/'0.jpg'/'small.jpg')
+        (folder/d/'lost+found').mkdir()
+        for name in ('Thumbs.db', 'desktop.ini', '._0.jpg'): (folder/d/name).write_bytes(b'')
+    found = folder_data(folder, 32)
+    assert found.classes == ['a', 'b'] and found.train.files == clean.train.files and found.fingerprint == clean.fingerprint
+
+@pytest.mark.filterwarnings('error')
+def test_any_ending_of_an_image(folder):
+    kinds = dict(JPG='JPEG', jfif='JPEG', jpe='JPEG', apng='PNG', dib='BMP', TIF='TIFF', webp='WEBP', pnm='PPM', gif='GIF')
+    for end, kind in kinds.items(): photo(folder/f'train/a/x.{end}', kind=kind)
+    photo(folder/'train/b/none', kind='JPEG')
+    assert len(folder_data(folder, 32).train) == 8 + len(kinds) + 1
+
+def test_grey_images_of_a_data_set_share_a_scale(folder):
+    scene = np.random.default_rng(0).integers(500, 4000, (48, 48)).astype(np.uint16)
+    def taken(peak):
+        x = scene.copy(); x[0, 0] = peak; photo(folder/'train/a/z.png', x); photo(folder/'test/a/dark.png', scene//16)
+        d = folder_data(folder, 48); return d.bits, d.train.images[4].mean(), d.test.images[2].mean()
+    (a, x, dark), (b, y, darker) = taken(4095), taken(4096)
+    assert (a, b) == (12, 13) and abs(x - scene.mean()/16) < 1 and abs(x/y - 2) < .02 and 7 < dark < 9 and darker < 4.5
+
+@pytest.mark.parametrize('name', ['کتاب\u200cها', 'क्\u200dष', '👨\u200d👩\u200d👧', 'No\u00a0finding', 'Fahr\u00adrad', '10\u202fkm', ' a b '])
+def test_class_names(name, folder):
+    for split in ('train', 'test'): (folder/split/'a').rename(folder/split/name)
+    assert folder_data(folder, 32).classes == sorted([name, 'b'])
+
+@pytest.mark.parametrize('name', ['a\n', '\u202egnp', 'a\u2066b', 'a\u2028', 'a\x9b', '\udcff'])
+def test_class_names_that_turn_or_break_lines(name, folder):
+    for split in ('train', 'test'): (folder/split/'a').rename(folder/split/name)
+    with pytest.raises(ValueError, match='can be printed'): folder_data(folder, 32)
+
+def test_no_place_for_a_cache(folder, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(folder/'train/a/0.jpg'))
+    with pytest.raises(OSError, match='XDG_CACHE_HOME'): folder_data(folder, 32)
+    monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setenv('HOME', '~'); monkeypatch.setattr('os.path.expanduser', lambda p: p)
+    with pytest.raises(OSError, match='XDG_CACHE_HOME'): folder_data(folder, 32)  # no home at all
+
 def test_a_failed_write_loses_nothing(tmp_path):
+    with atomic_write(tmp_path/('ф'*127)) as new: new.write_text('ha')  # as long as a name can be
+    (tmp_path/('ф'*127)).unlink()
     with pytest.raises(OSError), atomic_write(tmp_path/'note') as new: new.write_text('ha'); raise OSError('no space')
     assert not [*tmp_path.iterdir()]
-    path = save_result(tmp_path, result, said); m = create_model('vit', **small); m.save_pretrained(tmp_path)
+    path = save_result(tmp_path, result, predictions); m = create_model('vit', **small); m.save_pretrained(tmp_path)
     def content(): return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     before = content()
     with pytest.raises(OSError), atomic_write(path) as new: new.write_text('ha'); raise OSError('no space')
-    with pytest.raises(ValueError): save_result(tmp_path, result | dict(rows=[row | dict(accuracy=np.nan)]), said)
+    bad = result | dict(rows=[row | dict(accuracy=np.nan)])
+    with pytest.raises(ValueError): save_result(tmp_path, bad, predictions)
     with pytest.raises(TypeError): m.save_pretrained(tmp_path, config=dict(name=object()))
-    with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), said | dict(labels=np.arange(9)))
+    more = predictions | dict(labels=np.arange(9))
+    with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), more)
     assert content() == before
 
-@pytest.mark.parametrize('args', [['none.jpg'], ['none.jpg', '--model', 'none'], ['none.jpg', '--keep', '-1']])
-def test_sigma_predict_says_what_is_wrong(args, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: sigma_predict([*args, '--out', str(tmp_path)])
-    said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err
-    assert e.value.code != 0 and len(said.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
+def test_photographs_with_any_name(tmp_path):
+    "The command itself, without a home, in a terminal that knows no Cyrillic; one photograph lies on its side"
+    names = ['a.jpg', '$b$ $.jpg', 'ф'*120 + '.jpg', 'x'*251 + '.jpg', 'z.jpg']
+    image = Image.fromarray((sample_photos(64)[1].movedim(0, -1)*255).byte().numpy()); exif = Image.Exif(); exif[0x112] = 6
+    for name in names[:-1]: image.save(tmp_path/name, quality=95)
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'z.jpg', quality=95, exif=exif)
+    env = os.environ | dict(HOME='/dev/null', PYTHONIOENCODING='ascii', MPLCONFIGDIR=matplotlib.get_cachedir()); env.pop('XDG_CACHE_HOME', None)
+    command = [Path(sys.executable).with_name('sigma_predict'), *names, 'none.jpg', 'out', '--keep', '4', '--out', 'out']
+    (tmp_path/'out').mkdir(); p = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line.split(': ', 1)[1][:17] for line in p.stdout.splitlines()]
+    assert len({*said}) == 1 and len([*tmp_path.glob('out/*.kept.png')]) == len(said) == len(names), p.stdout
+    assert p.returncode == 1 and 'none.jpg: No such file or directory\nout: Is a directory\n' in p.stderr
+
+@pytest.mark.parametrize('args, said', [
+    (['--keep', '-1'], 'k: got -1'), (['--top-p', '2'], 'p: got 2'), (['--model', 'mine'], "name: got 'mine'"),
+    (['a.png', 'a.jpg'], 'images: got a.jpg'), (['a.kept.png', 'a.png'], 'images: got a.png'),
+    (['--model', 'bare'], 'model: got one without a head'), (['--model', 'fft'], 'model: got fft'), (['--out', 'a.jpg'], 'a.jpg')])
+def test_sigma_predict_says_what_is_wrong(args, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path); photo(tmp_path/'a.jpg'); before = {*tmp_path.iterdir()}
+    if args[-1] == 'bare': create_model('vit', num_classes=0, **small).save_pretrained('bare')
+    if args[-1] == 'fft': create_model('fft', **small).save_pretrained('fft')
+    files = [] if args[0][0] == 'a' else ['a.jpg']
+    with pytest.raises(SystemExit) as e: sigma_predict([*files, *args])
+    assert said in e.value.code and '\n' not in e.value.code and not capsys.readouterr().out
+    assert {*tmp_path.iterdir()} - before <= {tmp_path/'bare', tmp_path/'fft'}

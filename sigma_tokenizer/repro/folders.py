@@ -1,4 +1,4 @@
-"""Folders of images, each image decoded once, and the Intel scenes of the tables
+"""A folder of images as a data set, each image decoded once; the Intel scenes; a held-out part
 
 Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/folders.html.md"""
 
@@ -8,27 +8,33 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/folders.html.md"""
 __all__ = ['folder_data', 'load_data', 'hold_out']
 
 # %% ../../nbs/21_folders.ipynb #d2f793c0
-import hashlib, json, math, os, shutil, sys, warnings
+import hashlib, json, math, os, re, shutil, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 import numpy as np
 from PIL import Image
-from fastcore.xdg import xdg_cache_home
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from sklearn.model_selection import train_test_split
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import find_classes, make_dataset
 from ..tokens import check_int, check_number
-from ..data import ImageData, Split, decode, digits_data
+from ..data import ImageData, Split, decode, digits_data, image_formats
 
 # %% ../../nbs/21_folders.ipynb #dbfa024f
 _splits = ('seg_train/ and seg_test/', 'train/ and test/', 'train/ and valid/',
            'train/ and val/')
+_of_systems = {'@eadir', '@tmp', '@recycle', '#recycle', '#snapshot', '$recycle.bin',
+               'lost+found', '__macosx', 'system volume information', 'thumbs.db',
+               'desktop.ini'}
 
-def _classes(d):
-    return [c for c in find_classes(d)[0] if c[0] != '.']  # Jupyter's hidden folders
+def _mine(name):
+    "Is a file or folder the user's?"
+    return name[0] != '.' and name.lower() not in _of_systems
+
+def _classes(d): return [c for c in find_classes(d)[0] if _mine(c)]
 
 def _find_splits(path):
     "The folders of the training and the test split"
@@ -39,67 +45,101 @@ def _find_splits(path):
     raise ValueError(f'data: got {path}; accepted: a folder (unpack an archive first) '
                      'with ' + ' or '.join(_splits))
 
+def _find_images(root, folder, classes):
+    "(file, label) of a split's images, and (file, reason) of its other files"
+    def mine(f): return all(map(_mine, Path(f).relative_to(folder).parts))
+    index = {c: i for i, c in enumerate(classes)}
+    known = Image.registered_extensions()
+    endings = {'', *(end for end, kind in known.items() if kind in image_formats)}
+    images, others = [], []
+    for f, label in make_dataset(folder, index, is_valid_file=mine, allow_empty=True):
+        f = Path(f)
+        if f.suffix.lower() in endings: images.append((f, label))
+        else: others.append((str(f.relative_to(root)), 'not an ending of images'))
+    return images, others
+
 # %% ../../nbs/21_folders.ipynb #95f8d6ef
-def _cached(root, folder, files, side):
-    "(n, S, S, 3) uint8 of the readable files; a dict: kept, left_out, pixels, digest"
+def _cache_folder():
+    try:
+        home = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+        (home/'sigma_tokenizer').mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=home/'sigma_tokenizer').close()
+        return home/'sigma_tokenizer'
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home
+        raise OSError(f'cache: {e}; accepted: a folder that can be written, '
+                      'in the environment variable XDG_CACHE_HOME') from None
+
+def _cached(root, splits, classes, sides):
+    "Arrays (n, S, S, 3) uint8 of the splits' readable files, and a dict of facts"
     facts = 'st_size', 'st_mtime_ns', 'st_ctime_ns'
     stat = lambda f: [getattr(f.stat(), s) for s in facts]
-    stats = [(str(f.relative_to(root)), f.exists() and stat(f)) for f in files]
-    version = 5  # raise it when decode or the cache's files change
-    key = json.dumps([version, str(root.resolve()), side, stats]).encode()
-    cache = xdg_cache_home()/'sigma_tokenizer'/hashlib.sha256(key).hexdigest()[:32]
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    stats = [(str(f.relative_to(root)), f.exists() and stat(f))
+             for files in splits.values() for f in files]
+    version = 6  # raise it when decode or the cache's files change
+    key = json.dumps([version, str(root.resolve()), classes, sides, stats]).encode()
+    cache = _cache_folder()/hashlib.sha256(key).hexdigest()[:32]
     with FileLock(f'{cache}.lock'):
-        try: return _load(cache, side)
+        try: return _load(cache, sides)
         except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(cache, ignore_errors=True)
         part = cache.with_suffix('.part')  # a killed process may have left one
         shutil.rmtree(part, ignore_errors=True); part.mkdir()
-        try: _decode_all(root, folder, files, side, part); part.rename(cache)
+        try: _decode_all(root, splits, classes, sides, part); part.rename(cache)
         finally: shutil.rmtree(part, ignore_errors=True)
-        return _load(cache, side)
+        return _load(cache, sides)
 
-def _load(cache, side):
+def _load(cache, sides):
     meta = json.loads((cache/'meta.json').read_text())
-    images = np.memmap(cache/'images.bin', np.uint8, 'c')
-    return images.reshape(len(meta['kept']), side, side, 3), meta
+    images = [np.memmap(cache/f'{i}.bin', np.uint8, 'c') for i in range(len(sides))]
+    return [x.reshape(len(s['kept']), side, side, 3)
+            for x, s, side in zip(images, meta['splits'], sides)], meta
 
 # %% ../../nbs/21_folders.ipynb #7f90ae4a
-def _decode_all(root, folder, files, side, out):
+def _peak(file):
+    "The largest value of a grey image of more than 8 bits, 0 for others"
+    with suppress(Exception), Image.open(file, formats=image_formats) as im:
+        if im.mode[0] == 'I' and (peak := im.getextrema()[1]) < 2**16: return peak
+    return 0
+
+def _decode_all(root, splits, classes, sides, out):
+    files = [f for split in splits.values() for f in split]
+    print(f'decoding {len(files)} images, this once')
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bits = max([8, *(peak.bit_length() for peak in pool.map(_peak, files))])
+        known = [_decode_split(pool, root, *split, classes, side, bits, out/f'{i}.bin')
+                 for i, (split, side) in enumerate(zip(splits.items(), sides))]
+    (out/'meta.json').write_text(json.dumps(dict(bits=bits, splits=known)))
+
+def _decode_split(pool, root, folder, files, classes, side, bits, out):
     digest, kept, pixels, left_out = hashlib.sha256(), [], [], []
     def work(f):
-        got = decode(f, side)
+        got = decode(f, side, bits)
         raw = b'' if isinstance(got, str) else f.read_bytes()
         name = os.fsencode(f.relative_to(folder).as_posix())
         return str(f.relative_to(root)), got, name + b'\0' + hashlib.sha256(raw).digest()
-    print(f'decoding {len(files)} images to {side} pixels, this once')
-    with (ThreadPoolExecutor(os.cpu_count()) as pool,
-          closing(pool.map(work, files)) as done,
-          open(out/'images.bin', 'wb') as images):
+    with closing(pool.map(work, files)) as done, open(out, 'wb') as images:
         if sys.stdout.isatty(): done = progress_bar(done, total=len(files), leave=False)
         for i, (name, got, facts) in enumerate(done):
             digest.update(facts)
             if isinstance(got, str): left_out.append((name, got))
             else: images.write(got[0]); kept.append(i); pixels.append(got[1])
-    if not kept:
-        raise ValueError(f'data: none of {len(files)} images in {root} can be read')
-    meta = dict(kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest())
-    (out/'meta.json').write_text(json.dumps(meta))
+    if gone := {*classes} - {files[i].relative_to(folder).parts[0] for i in kept}:
+        raise ValueError(f'data: no readable image of {", ".join(sorted(gone))} in {folder}')
+    return dict(kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest())
 
 # %% ../../nbs/21_folders.ipynb #e25bf526
-def _read_split(root, folder, classes, side):
-    "One split, and what the cache knows about its files"
-    index = {c: i for i, c in enumerate(classes)}
-    found = make_dataset(folder, index, (*IMG_EXTENSIONS, '.gif'), allow_empty=True)
-    hidden = lambda f: any(p[0] == '.' for p in Path(f).relative_to(folder).parts)
-    found = [f for f in found if not hidden(f[0])]
-    images, meta = _cached(root, folder, [Path(f) for f, _ in found], side)
-    files, labels = zip(*[found[i] for i in meta['kept']])
-    if gone := {*classes} - {classes[i] for i in labels}:
-        gone = ", ".join(sorted(gone))
-        raise ValueError(f'data: no readable image of {gone} in {folder}')
-    names = [str(Path(f).relative_to(root)) for f in files]
-    return Split(images, np.array(labels, dtype=np.int64), names), meta
+# control characters, half characters, and those that turn the direction of what follows
+_odd = re.compile(r'[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def _check_classes(path, classes, others):
+    if one := {*classes} ^ {*others}:
+        raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
+    if odd := [c for c in classes if _odd.search(c)]:
+        raise ValueError(f'data: got a class {odd[0]!a}; accepted: names that can be printed')
+
+def _split(root, found, images, kept):
+    files, labels = zip(*[found[i] for i in kept])
+    return Split(images, np.array(labels, np.int64), [str(f.relative_to(root)) for f in files])
 
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)
@@ -111,26 +151,26 @@ def folder_data(
     image_size:int,  # side M of the test images, in pixels; training: a quarter more
     name:str=None  # the folder's own if None
 )->ImageData:
-    "An image folder, decoded once; warns of unreadable images and those in both splits"
+    "An image folder, decoded once; warns of files left out and images in both splits"
     check_int('image_size', image_size)
     path = Path(path).expanduser()
     dirs = _find_splits(path)
     classes, others = map(_classes, dirs)
-    if one := {*classes} ^ {*others}:
-        raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
-    if odd := [c for c in classes if not c.isprintable()]:
-        raise ValueError(f'data: got a class {odd[0]!r}; accepted: names that can be printed')
-    sides = image_size*5//4, image_size  # 320 in training for an input of 256
-    (train, a), (test, b) = (_read_split(path, d, classes, side)
-                             for d, side in zip(dirs, sides))
-    left_out = [*map(tuple, a['left_out'] + b['left_out'])]
+    _check_classes(path, classes, others)
+    found, others = zip(*[_find_images(path, d, classes) for d in dirs])
+    splits = {d: [f for f, _ in fs] for d, fs in zip(dirs, found)}
+    # 320 in training for an input of 256
+    images, meta = _cached(path, splits, classes, (image_size*5//4, image_size))
+    a, b = meta['splits']
+    train, test = [_split(path, *s) for s in zip(found, images, (a['kept'], b['kept']))]
+    left_out = [*map(tuple, a['left_out'] + b['left_out']), *sum(others, [])]
     trained = dict(zip(a['pixels'], train.files))
     in_both = [(trained[p], f) for p, f in zip(b['pixels'], test.files) if p in trained]
-    _warn(f'unreadable images in {path} are left out', left_out)
+    _warn(f'files in {path} are left out', left_out)
     _warn(f'test images in {path} are training images too, pixel for pixel', in_both)
     fingerprint = hashlib.sha256((a['digest'] + b['digest']).encode()).hexdigest()[:16]
-    name = name or path.resolve().name
-    return ImageData(name, classes, train, test, fingerprint, left_out, in_both)
+    return ImageData(name or path.resolve().name, classes, train, test, fingerprint,
+                     left_out, in_both, bits=meta['bits'])
 
 # %% ../../nbs/21_folders.ipynb #502421ee
 def load_data(
@@ -158,12 +198,6 @@ def hold_out(
     "Train on a part of the training split, evaluate on the rest of it"
     check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
     y, side = data.train.labels, data.test.images.shape[1]
-    for c, n in zip(data.classes, np.bincount(y, minlength=len(data.classes))):
-        if n < 2: raise ValueError(f'holdout: got {n} training image of {c}; '
-                                   'accepted: at least 2 of each class')
-    if not len(data.classes) <= math.ceil(share*len(y)) <= len(y) - len(data.classes):
-        raise ValueError(f'holdout: got {share} of {len(y)} images; '
-                         'accepted: one of each class at least in both parts')
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y,
                                    random_state=0)
     small, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
