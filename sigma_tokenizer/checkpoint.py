@@ -75,7 +75,6 @@ def load(self:Checkpoint, learn, epochs):
     learn.model.load_state_dict(saved['model'])
     learn.opt.load_state_dict(learn.opt.state_dict() | {'state': saved['opt']})
     self.log, self.saved = saved['log'], saved
-    self.pace = self.log[-1]['seconds']
     return len(self.log)
 
 @patch
@@ -96,10 +95,10 @@ def save(self:Checkpoint):
 def before_epoch(self:Checkpoint):
     "Stop if time is short; after a resume, restore the random states"
     needed = 1 + self.spare_epochs*(self.epoch == self.n_epoch - 1)
-    if self.log and time.monotonic() + needed*self.pace > self.deadline:
+    if self.log and time.monotonic() + needed*self.log[-1]['seconds'] > self.deadline:
         if self.unsaved: self.save()
         raise CancelFitException()
-    self.start = self.midway = time.perf_counter()
+    self.start = time.perf_counter()
     if self.saved:
         _set_random_states(self.learn, self.saved['random'])
         smooth, (count, value) = self.recorder.smooth_loss, self.saved['smooth_loss']
@@ -107,16 +106,9 @@ def before_epoch(self:Checkpoint):
         self.saved = None
 
 @patch
-def after_batch(self:Checkpoint):
-    "Take the time at half of the epoch"
-    if self.iter == self.n_iter//2 - 1: self.midway = time.perf_counter()
-
-@patch
 def after_train(self:Checkpoint):
-    "Take the time of the epoch, and of one without compilation"
-    now = time.perf_counter(); self.seconds = round(now - self.start, 2)
-    second = now - self.midway
-    self.pace = second + min(second, self.midway - self.start)
+    "Take the time of the epoch"
+    self.seconds = round(time.perf_counter() - self.start, 2)
 
 @patch
 def after_epoch(self:Checkpoint):
