@@ -49,13 +49,13 @@ class ImageData:
     classes:list  # class names, in the order of the labels
     train:Split  # images larger than the model's input, for random crops
     test:Split  # images of the model's input size
-    fingerprint:str  # of the files' names in their split, and bytes; the same at every size
+    fingerprint:str  # of the files' names and bytes in their split, at any size
     left_out:list=field(default_factory=list)  # (file, reason) of each that is not read
     in_both:list=field(default_factory=list)  # (training, test file) with equal pixels
     flip:bool=True  # does a mirrored image keep its label?
     bordered:bool=False  # are training images larger by a border, not by scale?
     evaluated:str='test'  # what `test` holds: 'test', or 'holdout', a part of training
-    bits:int=8  # as `decode` takes them: what the largest value of its grey images needs
+    bits:int=8  # for `decode`: that the largest value of its grey images needs
 
 # %% ../nbs/12_data.ipynb #845e7e33
 def digits_data(
@@ -125,6 +125,7 @@ def _sent(x, device):
     if torch.device(device).type != 'cuda': return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
+# %% ../nbs/12_data.ipynb #378353cf
 def random_crop(
     images:Tensor,  # (B, S, S, 3)
     size:int,  # side M of the crop, at most S
