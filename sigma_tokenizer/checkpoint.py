@@ -10,6 +10,7 @@ __all__ = ['NoValidation', 'Checkpoint', 'train']
 # %% ../nbs/14_checkpoint.ipynb #a473c7ad
 import math, random, sys, time
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 import numpy as np
 import torch
@@ -85,8 +86,8 @@ def save(self:Checkpoint):
                  opt=self.opt.state_dict()['state'], log=self.log,
                  random=_random_states(self.learn),
                  smooth_loss=(smooth.count, float(smooth.val)))
-    # torch.save to a path would not say that the disk is full
-    with atomic_write(self.path) as new, open(new, 'wb') as f: torch.save(state, f)
+    torch.save(state, buffer := BytesIO())  # to a file it hides that the disk is full
+    with atomic_write(self.path) as new: new.write_bytes(buffer.getbuffer())
     now = time.monotonic()
     self.next_save, self.unsaved = now + 50*(now - start), False
 

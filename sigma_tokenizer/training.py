@@ -7,7 +7,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/training.html.md""
 # %% auto #0
 __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'distillation_loss', 'RandomBudget',
            'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice', 'SmoothLoss', 'AdamW', 'spared_decay',
-           'check_batches', 'create_learner']
+           'create_learner']
 
 # %% ../nbs/13_training.ipynb #a473c7ad
 import math, random
@@ -28,6 +28,7 @@ from fastai.torch_core import find_bs
 from .tokens import Tokens, check_int, check_number
 from .select import TopK
 from .vit import VisionTransformer
+from .data import check_batches
 
 # %% ../nbs/13_training.ipynb #39aab3c0
 def gini_index(
@@ -218,15 +219,6 @@ def spared_decay(
     return [p for n, p in model.named_parameters() if p.ndim <= 1 or n in named]
 
 # %% ../nbs/13_training.ipynb #2633d82f
-def check_batches(
-    dls:DataLoaders  # fastai's
-):
-    "Raise a `ValueError` if there is no whole batch to train on"
-    if not len(dls.train):
-        raise ValueError(f'dls: got {len(dls.train.dataset)} training images in batches '
-                         f'of {dls.train.bs}, of which none is full; '
-                         'accepted: at least one batch')
-
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits
     dls:DataLoaders,  # such as image_loaders

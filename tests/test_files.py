@@ -42,16 +42,17 @@ def test_a_pickle_is_no_checkpoint(tmp_path):
         with pytest.raises(ValueError, match='a.ckpt: no checkpoint'): Checkpoint(tmp_path/'a.ckpt').load(None, 1)
     assert not (tmp_path/'ran').exists()
 
-row = dict(row='ViT', accuracy=.5, f1=.4, mean_length=65., images=4)
+row = dict(row='ViT', budget='all', accuracy=.5, f1=.4, mean_length=65., images=4)
 data = dict(name='x', evaluated='test', classes=['a', 'b'], train=9, test=4, fingerprint='f', unreadable=[])
-result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'}, device='cpu',
-              seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
-said = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300), confidence=np.ones((1, 4)))
+result = dict(run='vit', seed=1, config=dict(sparsity=0.), data=data, commit=None, versions={'torch': '2'},
+              device='cpu', seconds=1., epochs=[dict(epoch=0, train_loss=.1)], scores=None, rows=[row])
+predictions = dict(labels=np.arange(4), preds=np.arange(4)[None], lengths=np.full((1, 4), 300),
+                   confidence=np.ones((1, 4)))
 
 def test_results(tmp_path):
-    path = save_result(tmp_path, result, said); good = path.read_text()
+    path = save_result(tmp_path, result, predictions); good = path.read_text()
     assert load_result(path) == result
-    for k, v in load_predictions(path).items(): assert (v == said[k]).all()
+    for k, v in load_predictions(path).items(): assert (v == predictions[k]).all()
     for bad in [good[:-20], '', '[]', '['*9999, good.replace('0.5', 'NaN'), good.replace('"seed": 1', '"seed": "1"'),
                 good.replace('"device"', '"devise"')]:
         path.write_text(bad)
@@ -157,14 +158,15 @@ def test_a_failed_write_loses_nothing(tmp_path):
     (tmp_path/('ф'*127)).unlink()
     with pytest.raises(OSError), atomic_write(tmp_path/'note') as new: new.write_text('ha'); raise OSError('no space')
     assert not [*tmp_path.iterdir()]
-    path = save_result(tmp_path, result, said); m = create_model('vit', **small); m.save_pretrained(tmp_path)
+    path = save_result(tmp_path, result, predictions); m = create_model('vit', **small); m.save_pretrained(tmp_path)
     def content(): return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     before = content()
     with pytest.raises(OSError), atomic_write(path) as new: new.write_text('ha'); raise OSError('no space')
-    with pytest.raises(ValueError): save_result(tmp_path, result | dict(rows=[row | dict(accuracy=np.nan)]), said)
+    bad = result | dict(rows=[row | dict(accuracy=np.nan)])
+    with pytest.raises(ValueError): save_result(tmp_path, bad, predictions)
     with pytest.raises(TypeError): m.save_pretrained(tmp_path, config=dict(name=object()))
-    with pytest.raises(TypeError):
-        save_result(tmp_path, result | dict(config=dict(a=object())), said | dict(labels=np.arange(9)))
+    more = predictions | dict(labels=np.arange(9))
+    with pytest.raises(TypeError): save_result(tmp_path, result | dict(config=dict(a=object())), more)
     assert content() == before
 
 def test_photographs_with_any_name(tmp_path):

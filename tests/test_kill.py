@@ -1,33 +1,44 @@
 "`sigma_reproduce`, killed at any moment and started again, ends with the rows of a run that was never killed"
 import os, random, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 import pytest, torch
 from sigma_tokenizer import SigmaModel
-from sigma_tokenizer.repro.results import load_predictions, load_results, result_path
 from sigma_tokenizer.data import digits_data, image_loaders
-from sigma_tokenizer.repro.folders import hold_out
-from sigma_tokenizer.repro.runs import reproduce
 from sigma_tokenizer.evaluation import evaluate
+from sigma_tokenizer.repro.folders import hold_out
+from sigma_tokenizer.repro.results import load_predictions, load_results, result_path
+from sigma_tokenizer.repro.runs import reproduce
 
-kills = int(os.environ.get('KILLS', 2))  # for each of --jobs 1 and --jobs 2
+kills = int(os.environ.get('KILLS', 1))  # for each of --jobs 1 and --jobs 2
 tiny = '''data = "digits"
 runs = ["msvd_short", "svd_p90"]
 seeds = [1]
 repeat = {runs = [], seeds = []}
 model = {image_size = 16, patch_size = 2, embed_dim = 16, depth = 1, num_heads = 2}
-train = {epochs = 3, batch_size = 256, lr = 3e-3, wd = 0.01, schedule = "one_cycle", precision = "float32", compile = false}
-'''
 
-def timeless(r): return {k: [*map(timeless, v)] if k == 'epochs' else v for k, v in r.items()
-                        if k not in ('seconds', 'device', 'commit')}
+[train]
+epochs = 3
+batch_size = 256
+lr = 3e-3
+wd = 0.01
+schedule = "one_cycle"
+precision = "float32"
+compile = false
+'''
+command = [Path(sys.executable).with_name('sigma_reproduce'), '--device', 'cpu']
+
+def timeless(r):
+    return {k: [*map(timeless, v)] if k == 'epochs' else v for k, v in r.items()
+            if k not in ('seconds', 'device', 'commit')}
+
 def content(out):
     "Results without times, predictions, and the table"
-    said = {r['run']: load_predictions(result_path(out, r['run'], 1)) for r in load_results(out)}
-    return [[*map(timeless, load_results(out))], {r: {k: v.tolist() for k, v in s.items()} for r, s in said.items()},
-            (out/'table.md').read_text()]
+    predictions = {r['run']: load_predictions(result_path(out, r['run'], 1)) for r in load_results(out)}
+    return [[*map(timeless, load_results(out))], (out/'table.md').read_text(),
+            {run: {k: v.tolist() for k, v in p.items()} for run, p in predictions.items()}]
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -36,7 +47,8 @@ def home(tmp_path_factory):
 
 def quietly(home, out, **kw):
     "What `reproduce` gives and prints in this process"
-    with redirect_stdout(StringIO()) as printed: table = reproduce(str(home/'tiny.toml'), device='cpu', out=str(home/out), **kw)
+    with redirect_stdout(StringIO()) as printed:
+        table = reproduce(str(home/'tiny.toml'), device='cpu', out=str(home/out), **kw)
     return table, printed.getvalue()
 
 @pytest.fixture(scope='module')
@@ -46,20 +58,20 @@ def whole(home):
     return content(home/'whole'), printed
 
 def killed(home, jobs):
-    "Kill it some times, each after a random number of checkpoints and a random delay; yield (folder, output) at each end"
+    "Kill it some times, each after a random number of checkpoints and a random delay; (folder, exit code, output)"
     draw, left, i = random.Random(jobs), kills, 0
-    command = [Path(sys.executable).with_name('sigma_reproduce'), '--preset', home/'tiny.toml', '--device', 'cpu',
-               '--jobs', str(jobs)]
     while left or not i:
-        out, done, i, printed = home/f'jobs{jobs}-{i}', False, i + 1, b''
+        out, done, i, printed = home/f'итоги-{jobs}-{i}', False, i + 1, b''  # no name for a western terminal
         while not done:
-            p = subprocess.Popen([*command, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 env=os.environ | dict(OMP_NUM_THREADS='1'))
-            seen, more = set(), draw.randint(0, 3) if left else 99
+            p = subprocess.Popen([*command, '--preset', home/'tiny.toml', '--jobs', str(jobs), '--out', out],
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONIOENCODING='cp1252'))
+            seen, more = set(), draw.randint(1, 3) if left else 99
             def look():
                 with suppress(OSError): seen.update((f.name, f.stat().st_mtime_ns) for f in out.glob('*-seed*.[cj]*'))
             look(); before = len(seen)
-            while p.poll() is None and not ((out/'.lock').exists() and len(seen) - before >= more): time.sleep(.005); look()
+            while p.poll() is None and not ((out/'.lock').exists() and len(seen) - before >= more):
+                time.sleep(.005); look()
             if p.poll() is None: time.sleep(draw.uniform(0, .3))
             done = p.poll() is not None
             if not done: p.kill(); left -= 1
@@ -74,19 +86,20 @@ def both(home):
 def test_killed_and_started_again(both, whole, jobs):
     for out, code, printed in both[jobs]:
         assert code == 0 and b'2 of 2 runs done' in printed and b'\r' not in printed, printed.decode()
+        assert b'a chart are in' in printed and b'\\u0438\\u0442\\u043e\\u0433\\u0438' in printed
         assert content(out) == whole[0]
         names = {p.name for p in out.iterdir() if p.suffix != '.log'}
         assert names == {'.lock', 'table.md', 'table.csv', 'tokens_vs_accuracy.png',
                          *(f'{run}-seed1.{e}' for run in ('msvd_short', 'svd_p90') for e in ('json', 'npz'))}
 
 def test_output(whole, home):
-    (_, _, table), printed = whole
+    (_, table, _), printed = whole
     epochs = [l for l in printed.splitlines() if 'epoch' in l]
     form = r'epoch [123] of 3: loss \d\.\d+, accuracy 0\.\d+, \d+\.\d s'
     assert len(epochs) == 6 and all(re.fullmatch(form, l) for l in epochs)
     assert '\r' not in printed and 'reported' not in table.lower()
-    rows = [row['row'] for r in load_results(home/'whole') for row in r['rows']]
-    assert len({*rows}) == len(rows) == 15 and any('1 of 64' in r for r in rows)
+    rows = [(r['run'], row['budget']) for r in load_results(home/'whole') for row in r['rows']]
+    assert len({*rows}) == len(rows) == 15 and ('msvd_short', '1 + rest') in rows
 
 def test_minutes_and_then_on(whole, home):
     _, printed = quietly(home, 'minutes', minutes=.004)
@@ -99,15 +112,30 @@ def test_minutes_and_then_on(whole, home):
         with pytest.raises(ValueError, match='holds a run with other settings'): quietly(home, 'minutes', **kw)
     assert content(home/'minutes') == whole[0]
 
-def test_stopped_between_training_and_result(whole, home, monkeypatch):
-    with monkeypatch.context() as m, pytest.raises(RuntimeError, match='no space'):
-        def fail(*_): raise OSError('no space')
-        m.setattr('sigma_tokenizer.repro.runs.save_result', fail); quietly(home, 'late')
-    assert 'epoch' not in quietly(home, 'late')[1] and content(home/'late') == whole[0]
+@pytest.mark.parametrize('module', ['checkpoint', 'repro.results'])
+def test_the_disk_is_full(home, whole, monkeypatch, module):
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match='failed: .*No space left on device'):
+        m.setattr(f'sigma_tokenizer.{module}.atomic_write', lambda path: nullcontext(Path('/dev/full')))
+        quietly(home, f'full {module}')
+    printed = quietly(home, f'full {module}')[1]
+    assert content(home/f'full {module}') == whole[0]
+    if module == 'repro.results': assert 'epoch' not in printed  # trained already
+
+def test_a_run_that_fails_does_not_stop_the_others(home):
+    (home/'broken').mkdir(); (home/'broken/msvd_short-seed1.ckpt').write_text('no checkpoint')
+    with pytest.raises(RuntimeError, match='msvd_short, seed 1 failed: .*no checkpoint'):
+        quietly(home, 'broken', epochs=1)
+    assert result_path(home/'broken', 'svd_p90', 1).exists()
+
+def test_a_script_without_main_guard(home):
+    (home/'mine.py').write_text('from sigma_tokenizer.repro.runs import reproduce\n'
+                                'reproduce("tiny.toml", device="cpu", out="mine", jobs=2)\n')
+    done = subprocess.run([sys.executable, 'mine.py'], cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode and 'under if __name__ == "__main__"' in done.stderr and 'in use by' not in done.stderr
 
 def test_check_leaves_nothing(home):
     _, printed = quietly(home, 'check', check=True)
-    assert 'all runs work here' in printed and not [*(home/'check').iterdir()]
+    assert 'all runs work here' in printed and not (home/'check').exists()
 
 def test_holdout_and_weights(home):
     quietly(home, 'held', holdout=.2, weights=True, methods=['svd'], epochs=1)

@@ -1,12 +1,12 @@
-"""A budget for a timm ViT, beside its rivals.  nbs/23_timm_budget shows what came out.
+"""A budget for a timm ViT, beside its rivals.  nbs/33_timm_budget.ipynb shows what came out.
 
-    python run.py DATA base                        train the ViT at full length: base.pt and base.json      about 45 minutes
-    python run.py DATA teach NAME...               teach it, evaluate every budget: NAME.json and NAME.npz  about 7 minutes each
-    python run.py DATA untaught NAME...            the same without teaching
-    python run.py DATA time                        time.json: milliseconds; on a machine that does nothing else
+    python run.py DATA base                train the ViT at full length: base.pt and base.json      45 minutes
+    python run.py DATA teach NAME...       teach it, evaluate every budget: NAME.json and NAME.npz  7 minutes each
+    python run.py DATA untaught NAME...    the same without teaching
+    python run.py DATA time                time.json: milliseconds; on a machine that does nothing else
 
-NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), merge-1 (each dropped token is averaged into the
-kept one most like it), attention-1 (EViT's rule, with its fused token), attention_dropped-1 (without), random-1,
+NAME is RULE-AFTER: ours-1, frozen-1 (only scorer and rest token learn), merge-1 (each dropped token is averaged into
+the kept one most like it), attention-1 (EViT's rule, with its fused token), attention_dropped-1 (without), random-1,
 random_rest-1 (with our rest token); tome (untaught); ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
@@ -17,19 +17,20 @@ from fastai.torch_core import set_seed
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.nn import functional as F
-from sigma_tokenizer.bench import merge_tokens
 from sigma_tokenizer.budget import budgeted, teach
 from sigma_tokenizer.data import image_loaders
 from sigma_tokenizer.repro.folders import load_data
 from sigma_tokenizer.reduce import MergeDropped
 from sigma_tokenizer.repro.runs import provenance
 from sigma_tokenizer.select import TopK, select
-from sigma_tokenizer.tokens import full_tokens
 from sigma_tokenizer.training import BFloat16, create_learner
 from sigma_tokenizer.evaluation import in_turns
 from sigma_tokenizer.checkpoint import train
 
-here, seed = Path(__file__).parent, 239
+here, seed = Path(__file__).resolve().parent, 239
+sys.path.insert(0, str(here.parent))
+from token_merging import merge_tokens
+
 recipe = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3)
 ks = [None, 48, 40, 32, 24, 16, 8, 4, 1]
 rs = [0, 4, 8, 10, 12, 14, 16, 20, 24, 32]  # the blocks merge fewer where fewer are left
@@ -46,13 +47,13 @@ class ClassAttention(nn.Module):
 
     def see(self, module, inp, out): self.qkv = out.detach()
 
-    def forward(self, x):
+    def forward(self, t):
         q, k, _ = self.qkv.float().unflatten(-1, (3, self.heads, -1)).unbind(2)
         looks = torch.einsum('bhd,bnhd->bhn', q[:, 0]*q.shape[-1]**-.5, k).softmax(-1).mean(1)[:, 1:]
-        return replace(full_tokens(x), scores=looks/looks.amax(1, keepdim=True))
+        return replace(t, scores=looks/looks.amax(1, keepdim=True))
 
 class Random(nn.Module):
-    def forward(self, x): return replace(full_tokens(x), scores=torch.rand(x.shape[:2]))
+    def forward(self, t): return replace(t, scores=torch.rand(t.x.shape[:2]))
 
 class Dropped(nn.Module):
     "No rest token"
@@ -64,11 +65,13 @@ class ToMe(nn.Module):
 
     def forward(self, x, r):
         if isinstance(r, list): return torch.stack([self(x, one) for one in r])
-        v = self.vit; x = v.norm_pre(v._pos_embed(v.patch_embed(x))); size = x.new_ones(*x.shape[:2], 1)
+        v = self.vit; x = v.norm_pre(v._pos_embed(v.patch_embed(x)))
+        size = x.new_ones(*x.shape[:2], 1)
         for b in v.blocks:
             n, a = min(r, (x.shape[1] - 1)//2), b.attn
             q, k, val = a.qkv(b.norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            h = F.scaled_dot_product_attention(q, k, val, attn_mask=size.log().mT[:, None].to(q.dtype) if r else None)
+            weight = size.log().mT[:, None].to(q.dtype) if r else None
+            h = F.scaled_dot_product_attention(q, k, val, attn_mask=weight)
             x = x + a.proj(h.transpose(1, 2).flatten(2))
             if n: x, size = merge_tokens(x, size, k.mean(1), n)
             x = x + b.mlp(b.norm2(x))
@@ -115,14 +118,16 @@ def main(data, what, *names):
         save('base', dict(name='base', recipe=recipe, accuracy=accuracy, epochs=log, **source), preds, labels)
     for name in names:
         rule, _, own = name.partition('@')
-        dls = loaders(int(own or seed)); vit = make(); vit.load_state_dict(torch.load(here/'base.pt', weights_only=True))
+        dls = loaders(int(own or seed)); vit = make()
+        vit.load_state_dict(torch.load(here/'base.pt', weights_only=True))
         m, log = model_of(rule, vit), []
         if what == 'teach':
             log = teach(m, dls, epochs=2, freeze=name.startswith('frozen'), precision='bfloat16')
         tome = name == 'tome'
         preds, labels, accuracy = evaluate(m, dls.valid, rs if tome else [k and TopK(k) for k in ks])
         file = name if log else f'{name}-untaught'
-        save(file, dict(name=rule, seed=int(own or seed), taught=bool(log), budgets=rs if tome else ks, accuracy=accuracy, epochs=log, **source), preds, labels)
+        save(file, dict(name=rule, seed=int(own or seed), taught=bool(log), budgets=rs if tome else ks,
+                        accuracy=accuracy, epochs=log, **source), preds, labels)
         print(file, accuracy, flush=True)
 
 class Whole(nn.Module):
@@ -135,7 +140,8 @@ def time(source):
     for batch in (1, 32):
         x, calls = torch.randn(batch, 3, 64, 64), {}
         vit = make().eval(); calls['timm', None] = lambda: vit(x)
-        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3', 'random-2', 'random_rest-2', 'merge-2', 'tome'):
+        for name in ('ours-0', 'ours-1', 'ours-2', 'ours-3', 'attention-1', 'attention-2', 'attention-3',
+                     'random-2', 'random_rest-2', 'merge-2', 'tome'):
             m = model_of(name, make()).eval()
             for k in rs if name == 'tome' else ks:
                 calls[name, k] = lambda m=m, k=k if name == 'tome' else k and TopK(k): m(x, k)

@@ -1,4 +1,4 @@
-"""The training runs of the tables, their rows, and the presets that say at which size they are made
+"""The training runs of the tables, their rows, and the presets that say how large and how long
 
 Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/experiments.html.md"""
 
@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import pandas as pd
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
-from ..tokens import check_int, check_number
+from ..tokens import check_int
 from ..select import TopK, TopP
 from ..models import list_models
 
@@ -32,46 +32,48 @@ def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
     return experiments
 
 # %% ../../nbs/20_experiments.ipynb #2f37ccab
-def _tokens(k, n): return 'all tokens' if k == n else f'{k} of {n} tokens'
-
 def _budget(e, row, n):
-    "A row's budget, in words and for the model"
+    "A row's budget, the words for it in the row's name, and what the model gets"
     args = e.get('args', {})
+    rest = ' + rest'*(args.get('reduction') in ('rest', 'layer_rest'))
+    def tokens(k, keep=None):
+        if k == n: return 'all', 'all tokens', keep
+        budget = f'{k}{rest}'.removeprefix('0 + ')
+        return budget, f'{budget} of {n} tokens', keep
     if 'k' in row:
         k = max(min(1, row['k']), round(row['k']*n/256))
-        return _tokens(k, n), TopK(k)
-    if 'p' in row: return f'top-p {row["p"]}', TopP(row['p'])
+        return tokens(k, TopK(k))
+    if 'filter_size' in args: return tokens(round(n*(args['filter_size']/256)**2))
+    if 'p' in row: return f'top-p {row["p"]}', f'top-p {row["p"]}', TopP(row['p'])
     if 'mean_length' in row:
-        length = row['mean_length']*n/256
-        return f'mean length {length:.3g} of {n}', length
+        length = f'{(mean := row["mean_length"]*n/256):.3g}'
+        return f'mean {length}', f'mean length {length} with class token', mean
     if 'energy' in args:
         of = 'singular values' if args.get('criterion') == 'linear' else 'energy'
-        return f'{args["energy"]:.0%} of {of}', None
-    if 'filter_size' in args:
-        return _tokens(round(n*(args['filter_size']/256)**2), n), None
-    several = e['model'].endswith('_gated') or len(e['rows']) > 1
-    return 'all tokens' if several else '', None
+        budget = f'{args["energy"]:.0%} of {of}'
+        return budget, budget, None
+    return 'all', 'all tokens' if len(e['rows']) > 1 else '', None
 
 def run_rows(
     run:str,  # a run of experiments.toml
     n_tokens:int  # of an image, class token excluded
-)->list[tuple[str, TopK|TopP|float|None, dict|None]]:  # name, budget, reported
+)->list[tuple[str, str, TopK|TopP|float|None, dict]]:  # budget, name, keep, reported
     "The rows that a run's model is evaluated for; of equal budgets the last one"
     e, rows = load_experiments()[run], {}
     for row in e['rows']:
         # class token, rest token and one more: no mean is shorter
         if row.get('mean_length', math.inf)*n_tokens/256 < 3: continue
-        words, keep = _budget(e, row, n_tokens)
+        budget, words, keep = _budget(e, row, n_tokens)
         name = ', '.join(filter(None, [e['title'], words]))
-        rows[name] = name, keep, row if 'reported' in row else None
+        rows[budget] = budget, name, keep, row if 'reported' in row else {}
     return list(rows.values())
 
 # %% ../../nbs/20_experiments.ipynb #4b07ff46
-def reported()->pd.DataFrame:  # by name: run, row (of 256 tokens), accuracy, f1, length
-    "The reported figures, NaN where one is missing"
-    rows = [dict(run=run, row=name) | r for run in load_experiments()
-            for name, _, r in run_rows(run, 256) if r]
-    columns = ['run', 'row', 'accuracy', 'f1', 'length']
+def reported()->pd.DataFrame:  # by name: run, budget, row, accuracy, f1, length
+    "The reported figures (of 256 tokens), NaN where one is missing"
+    rows = [dict(run=run, budget=budget, row=name) | r for run in load_experiments()
+            for budget, name, _, r in run_rows(run, 256) if r]
+    columns = ['run', 'budget', 'row', 'accuracy', 'f1', 'length']
     return pd.DataFrame(rows).set_index('reported')[columns]
 
 # %% ../../nbs/20_experiments.ipynb #487ef399
@@ -79,21 +81,27 @@ _presets = files('sigma_tokenizer.repro')/'presets'
 _Positive, _Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**32)]
 _Run = Literal[tuple(load_experiments())]
 _strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
+
+def _strict_dict(name, fields, optional={}, of_a_run=None):
+    "A TypedDict that takes nothing else; `of_a_run`: what each run may have of its own"
+    own = dict.fromkeys(load_experiments(), of_a_run) if of_a_run else {}
+    more = {k: NotRequired[t] for k, t in (optional | own).items()}
+    made = TypedDict(name, fields | more); made.__pydantic_config__ = _strict
+    return made
+
 _training = dict(epochs=_Positive, batch_size=_Positive,
                  lr=Annotated[float, Field(gt=0)], wd=Annotated[float, Field(ge=0)],
                  schedule=Literal['one_cycle', 'constant'],
-                 precision=Literal['float32', 'bfloat16'], compile=bool,
-                 augment=NotRequired[Literal['crop', 'resized_crop']])
-_Own = TypedDict('_Own', _training, total=False)  # of one method alone
-_Train = TypedDict('_Train', _training | {m: NotRequired[_Own] for m in list_models()})
-_Repeat = TypedDict('_Repeat', dict(runs=list[_Run], seeds=list[_Seed]))
+                 precision=Literal['float32', 'bfloat16'], compile=bool)
+_augment = dict(augment=Literal['crop', 'resized_crop'])
+_size = dict(image_size=_Positive, patch_size=_Positive)
 _more = dict(embed_dim=int, depth=int, num_heads=int, mlp_ratio=float, drop_rate=float)
-_more |= {run: dict[str, int|float] for run in load_experiments()}  # of one run alone
-_Model = TypedDict('_Model', dict(image_size=_Positive, patch_size=_Positive) |
-                   {k: NotRequired[t] for k, t in _more.items()})
-Preset = TypedDict('Preset', dict(data=str, runs=list[_Run], seeds=list[_Seed],
-                                  repeat=_Repeat, train=_Train, model=_Model))
-for t in (_Own, _Train, _Repeat, _Model, Preset): t.__pydantic_config__ = _strict
+Preset = _strict_dict('Preset', dict(
+    data=str, runs=list[_Run], seeds=list[_Seed],
+    repeat=_strict_dict('Repeat', dict(runs=list[_Run], seeds=list[_Seed])),
+    train=_strict_dict('Train', _training, _augment,
+                       _strict_dict('OwnTrain', {}, _training | _augment)),
+    model=_strict_dict('Model', _size, _more, dict[str, int|float])))
 
 # %% ../../nbs/20_experiments.ipynb #5ac00877
 def list_presets()->list[str]:
@@ -123,18 +131,17 @@ def run_config(
     epochs:int=None  # instead of the preset's
 )->dict:  # model, train, sparsity, sparsity_kind, budgets, distil, normalize
     "All settings of one run but its seed and data"
-    experiment = load_experiments()[run]
-    model = _common(preset['model']) | experiment.get('args', {})
-    if 'filter_size' in model:
-        model['filter_size'] = model['filter_size']*model['image_size']//256
-    model |= preset['model'].get(run, {})
-    train = _common(preset['train']) | preset['train'].get(experiment['model'], {})
+    e, model, train = load_experiments()[run], preset['model'], preset['train']
+    args = _common(model) | e.get('args', {})
+    if 'filter_size' in args:
+        args['filter_size'] = args['filter_size']*args['image_size']//256
+    train = _common(train) | train.get(run, {})
     if epochs is not None: train |= {'epochs': epochs}
     check_int('epochs', train['epochs'])
     defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None,
                     normalize=True)
-    return dict(model=dict(name=experiment['model'], **model), train=train,
-                **{k: experiment.get(k, v) for k, v in defaults.items()})
+    return dict(model=dict(name=e['model'], **args | model.get(run, {})), train=train,
+                **{k: e.get(k, v) for k, v in defaults.items()})
 
 # %% ../../nbs/20_experiments.ipynb #371e1a0b
 def plan(
@@ -143,25 +150,18 @@ def plan(
     seeds:list[int]=None  # instead of the preset's seeds and repeats
 )->list[tuple[str, int]]:  # run, seed
     "What is to be run, in order"
-    experiments = load_experiments()
+    experiments, runs, repeat = load_experiments(), preset['runs'], preset['repeat']
     if unknown := set(methods or []) - set(experiments) - set(list_models()):
         raise ValueError(f'methods: got {", ".join(sorted(unknown))}; '
                          f'accepted: {", ".join([*list_models(), *experiments])}')
-    for seed in seeds or []:
-        check_int('seeds', seed, 0)
-        check_number('seeds', seed, f'below {2**32}', lambda s: s < 2**32)
-    def runs_of(m):
-        if m in experiments: return [m]
-        return [r for r in preset['runs'] if experiments[r]['model'] == m]
-    runs = preset['runs']
-    if methods is not None: runs = [r for m in methods for r in runs_of(m)]
-    runs = list(dict.fromkeys(runs))
-    every = preset['seeds'] if seeds is None else seeds
-    todo = [(run, seed) for seed in every for run in runs]
-    if seeds is None:
-        repeat = preset['repeat']
-        todo += [(run, seed) for seed in repeat['seeds'] for run in repeat['runs']
-                 if run in runs]
-    if not todo: raise ValueError(f'methods, seeds: got {methods}, {seeds}; '
-                                  'accepted: at least one of each')
+    if methods is not None:
+        runs_of = lambda m: [r for r in preset['runs'] if experiments[r]['model'] == m]
+        runs = [r for m in methods for r in ([m] if m in experiments else runs_of(m))]
+    todo = [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds)
+            for run in runs]
+    if seeds is None: todo += [(run, seed) for seed in repeat['seeds']
+                               for run in repeat['runs'] if run in runs]
+    if not todo or not all(0 <= seed < 2**32 for _, seed in todo):
+        raise ValueError(f'methods, seeds: got {methods}, {seeds}; '
+                         'accepted: at least one of each, seeds below 2**32')
     return list(dict.fromkeys(todo))

@@ -33,8 +33,9 @@ def metrics(
 _strict = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
 class Row(TypedDict):
+    "One budget of a run; `row` is its printed name"
     __pydantic_config__ = _strict
-    row:str; reported:NotRequired[str]
+    row:str; budget:str; reported:NotRequired[str]
     accuracy:float; f1:float; mean_length:float; images:int
 
 class DataUsed(TypedDict):

@@ -10,7 +10,7 @@ __all__ = ['provenance', 'score_summary', 'run_once', 'reproduce', 'sigma_reprod
 # %% ../../nbs/24_runs.ipynb #b57a6491
 import hashlib, json, math, os, random, shutil, subprocess, sys, time, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -19,51 +19,43 @@ from multiprocessing import (active_children, connection, current_process, get_c
                              parent_process)
 from pathlib import Path
 from threading import Thread
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
-from fastcore.script import call_parse, store_true
+from fastcore.meta import delegates
+from fastcore.script import call_parse
 from filelock import FileLock, Timeout
-from ..tokens import check_int, check_number
+from ..tokens import check_int
 from ..stem import ConvStem
 from ..models import create_model
 from ..data import ImageData, Split, image_loaders
-from ..training import (BFloat16, BudgetSchedule, RandomBudget,
-                                      SelfDistillation, SparsityLoss, create_learner,
-                                      gini_index)
+from ..training import *
 from ..checkpoint import train
 from ..evaluation import calibrate, evaluate
-from .experiments import (load_experiments, load_preset, plan,
-                                               run_config, run_rows)
+from .experiments import *
 from .folders import hold_out, load_data
-from .results import (load_result, load_results, metrics,
-                                           result_path, save_result)
+from .results import *
 from .tables import result_table, table_lines, write_summary
 
 # %% ../../nbs/24_runs.ipynb #0424f7ef
+_package = Path(str(files('sigma_tokenizer')))
+
 @cache  # of the code that runs, whatever happens to the files later
 def _commit():
-    "The commit of the package's code, None if that is not known"
-    source = metadata.distribution('sigma_tokenizer').read_text('direct_url.json')
-    source, here = json.loads(source or '{}'), Path(str(files('sigma_tokenizer')))
-    if 'vcs_info' in source: return source['vcs_info']['commit_id']
-    folder = Path(url2pathname(urlparse(source.get('url', '')).path))
-    where = here.parent if (here.parent/'.git').exists() else folder
-    package = where/'sigma_tokenizer'
-    if not (where/'.git').exists() or not (package/'repro/experiments.toml').exists(): return None
-    if not shutil.which('git') or _code_digest(package) != _code_digest(here): return None
-    describe = ['git', '-C', where, 'describe', '--always', '--dirty', '--abbrev=40',
-                '--exclude=*']
-    said = subprocess.run(describe, capture_output=True, text=True).stdout
-    return said.strip() or None
+    "The commit of the package's own checkout, or of the URL that it was installed from"
+    if (_package.parent/'.git').exists() and shutil.which('git'):
+        describe = ['git', '-C', _package, 'describe', '--always', '--dirty',
+                    '--abbrev=40', '--exclude=*']
+        done = subprocess.run(describe, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    url = metadata.distribution('sigma_tokenizer').read_text('direct_url.json')
+    return json.loads(url or '{}').get('vcs_info', {}).get('commit_id')
 
 @cache
-def _code_digest(folder):
+def _code_digest():
     "Of what the package runs: a run goes on only with the code that it began with"
-    source = sorted([*folder.rglob('*.py'), folder/'repro/experiments.toml'])
+    source = sorted([*_package.rglob('*.py'), _package/'repro/experiments.toml'])
     return hashlib.sha256(b''.join(p.read_bytes() for p in source)).hexdigest()[:16]
 
 def provenance(
@@ -78,6 +70,7 @@ def provenance(
     versions = dict(python=sys.version.split()[0], **versions)
     return dict(commit=_commit(), versions=versions, device=name)
 
+# %% ../../nbs/24_runs.ipynb #b2cf22f7
 def _describe(data):
     "What a result file says of its data"
     # a name of other bytes than UTF-8 has no JSON
@@ -88,7 +81,6 @@ def _describe(data):
                 fingerprint=data.fingerprint, left_out=len(data.left_out),
                 unreadable=[[*map(legible, u)] for u in data.left_out[:20]], **both)
 
-# %% ../../nbs/24_runs.ipynb #b2cf22f7
 def score_summary(
     scores:np.ndarray  # (n, N), of the test images
 )->dict:  # mean, gini (mean over images), histogram (20 bins of [0, 1], shares)
@@ -99,6 +91,7 @@ def score_summary(
     return dict(mean=round(s.mean().item(), 6), gini=round(gini, 6),
                 histogram=[round(float(v), 4) for v in histogram])
 
+# %% ../../nbs/24_runs.ipynb #8e1af07d
 def _callbacks(config):
     "What a run adds to the plain learner"
     cbs, distil = [], config['distil']
@@ -111,13 +104,6 @@ def _callbacks(config):
     if config['train']['precision'] == 'bfloat16': cbs.append(BFloat16())
     return cbs
 
-def _rows(run, config):
-    "Names, budgets and reported names of a run's rows"
-    m = config['model']
-    return [(name, keep, was and was['reported']) for name, keep, was in
-            run_rows(run, (m['image_size']//m['patch_size'])**2)]
-
-# %% ../../nbs/24_runs.ipynb #8e1af07d
 def _new_model(config, data, device):
     "A run's model, untrained"
     own = dict(num_classes=len(data.classes), classes=data.classes)
@@ -142,6 +128,10 @@ def _evaluated(model, dls, keeps, seed, precision):
         return evaluate(model, dls.valid, budgets, precision)
 
 # %% ../../nbs/24_runs.ipynb #a2b2d532
+def _rows(run, config):
+    m = config['model']
+    return run_rows(run, (m['image_size']//m['patch_size'])**2)
+
 def run_once(
     run:str,  # a run of experiments.toml
     config:dict,  # run_config
@@ -149,72 +139,66 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # of time.time(): no further epoch begins that would end later
+    deadline:float=math.inf,  # in seconds, as time.time() tells it: no epoch ends later
     folder:Path=None  # where to keep the trained model
 )->tuple[dict, dict]|None:  # result and predictions for save_result; None: out of time
     "Train one model and evaluate it for all its rows"
-    source, t = provenance(device), config['train']
-    code = _code_digest(Path(str(files('sigma_tokenizer'))))
-    made_of = json.dumps([run, config, seed, _describe(data), code,
-                          source['versions'], source['device']])
+    source, t, rows = provenance(device), config['train'], _rows(run, config)
+    settings = json.dumps([run, config, seed, _describe(data), _code_digest(),
+                           source['versions'], source['device']])
     set_seed(seed, reproducible=True)
     dls = image_loaders(data, t['batch_size'], config['normalize'], device,
                         t.get('augment', 'crop'))
     model = _new_model(config, data, device)
-    # every run of the tables decays all parameters
-    learn = create_learner(model, dls, t['wd'], _callbacks(config),
-                           decay_all=True)
-    names, keeps, reported = zip(*_rows(run, config))
-    # a forward pass is a third of a step; short ones take less
-    after = len(keeps)*len(data.test)/len(data.train)/3
+    learn = create_learner(model, dls, t['wd'], _callbacks(config), decay_all=True)
+    # evaluation, in epochs: a forward pass is a third of a step; short ones take less
+    evaluation = len(rows)*len(data.test)/len(data.train)/3
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint,
-                   settings=made_of, deadline=deadline, spare_epochs=after)
+                   settings=settings, deadline=deadline,
+                   spare_epochs=evaluation)
     if len(epochs) < t['epochs']: return None
-    if time.time() + after*epochs[-1]['seconds'] > deadline: return None
-    if folder:
-        part = folder.with_name(f'.{folder.name}.part')
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(part); part.rename(folder)
+    if time.time() + evaluation*epochs[-1]['seconds'] > deadline: return None
+    if folder: _save_model(model, folder)
     trained = time.perf_counter()
     on_gpu = torch.device(device).type == 'cuda'
     precision = t['precision'] if on_gpu else 'float32'  # a CPU gains little
-    said, scores = _evaluated(model, dls, keeps, seed, precision)
-    labels = said['labels']
-    rows = [dict(row=n, **({'reported': r} if r else {}), **metrics(labels, p, l))
-            for n, r, p, l in zip(names, reported, said['preds'], said['lengths'])]
+    keeps = [keep for _, _, keep, _ in rows]
+    predictions, scores = _evaluated(model, dls, keeps, seed, precision)
     # of all calls that it took
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - trained
-    return (dict(run=run, seed=seed, config=config, data=_describe(data), **source,
-                 seconds=round(seconds, 1), epochs=epochs,
-                 scores=None if scores is None else score_summary(scores),
-                 rows=rows), said)
+    result = dict(run=run, seed=seed, config=config, data=_describe(data), **source,
+                  seconds=round(seconds, 1), epochs=epochs,
+                  scores=None if scores is None else score_summary(scores),
+                  rows=_measured(rows, predictions))
+    return result, predictions
+
+def _save_model(model, folder):
+    part = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(part); part.rename(folder)
+
+def _measured(rows, predictions):
+    "Rows of a result"
+    p = predictions
+    return [dict(row=name, budget=budget, **{k: was[k] for k in ('reported',) if was},
+                 **metrics(p['labels'], preds, lengths))
+            for (budget, name, _, was), preds, lengths
+            in zip(rows, p['preds'], p['lengths'], strict=True)]
 
 # %% ../../nbs/24_runs.ipynb #ae07f056
-def _run_job(run, seed, config, data, holdout, device, out, deadline=math.inf,
-             check=False, fingerprint=None, weights=False):
+def _run_job(run, seed, config, data, fingerprint, holdout, device, out, deadline,
+             weights):
     "Load the data, make one run, leave its result in `out`; done before the deadline?"
-    if not check and time.time() > deadline: return False
+    if time.time() > deadline: return False
     dataset = load_data(data, config['model']['image_size'])
-    if fingerprint not in (None, dataset.fingerprint):
+    if dataset.fingerprint != fingerprint:
         raise ValueError(f'data: {data} has changed since the command began')
     if holdout is not None: dataset = hold_out(dataset, holdout)
-    if check: return _check_run(run, config, seed, dataset, device)
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
     folder = path.with_suffix('') if weights else None
     done = run_once(run, config, seed, dataset, device, checkpoint, deadline, folder)
     if done is None: return False
     save_result(out, *done); checkpoint.unlink()
-    return True
-
-def _check_run(run, config, seed, data, device):
-    "Train two steps of two images, evaluate two, and forget them"
-    few = lambda split, n: Split(split.images[:n], split.labels[:n])
-    start = time.perf_counter()
-    config = config | {'train': config['train'] | dict(epochs=1, batch_size=2)}
-    data = replace(data, train=few(data.train, 4), test=few(data.test, 2))
-    result, _ = run_once(run, config, seed, data, device)
-    print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, '
-          f'{len(result["rows"])} rows, {time.perf_counter() - start:.0f} s')
     return True
 
 # %% ../../nbs/24_runs.ipynb #c9cc0fc8
@@ -245,9 +229,7 @@ def _run_jobs(todo, jobs=1):
         for i, job in enumerate(todo, 1):
             print(f'\n[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}', flush=True)
             try: done = _run_job(**job)
-            except Exception as e:
-                if not isinstance(e, (ValueError, ArithmeticError, RuntimeError, OSError)):
-                    traceback.print_exc()
+            except (ValueError, ArithmeticError, RuntimeError, OSError) as e:
                 fails(job, e)
             else: yield job, done
     else:
@@ -267,84 +249,101 @@ def _run_jobs(todo, jobs=1):
 
 # %% ../../nbs/24_runs.ipynb #9ccbc65a
 def reproduce(
-    preset:str='quick',  # one of list_presets(), or the path of a TOML file like theirs
-    data:str=None,  # 'digits', 'intel' or the path of a folder; the preset's if None
-    methods:list[str]=None,  # runs, or models for all their runs; None for all
-    seeds:list[int]=None,  # the preset's if None
-    epochs:int=None,  # the preset's if None
-    holdout:float=None,  # evaluate on this share of the training images: for choices
-    device:str=None,  # a GPU if there is one, if None
-    out:str=None,  # folder of the results; runs/PRESET or runs/PRESET_EPOCHS if None
-    jobs:int=1,  # trainings side by side
-    minutes:float=None,  # stop in time, evaluation included; the next call goes on
-    check:bool=False,  # instead: two steps of every run at full size, and no results
-    weights:bool=False  # keep each trained model too
+    # quick, small, small_half, small_long, medium, short_ablations, paper, paper_long,
+    # or a TOML file like theirs
+    preset:str='quick',
+    # digits, intel, or a folder with a training and a test split
+    # (default: the preset's)
+    data:str=None,
+    methods:str=None,  # runs or models, separated by commas (default: the preset's)
+    seeds:str=None,  # separated by commas (default: the preset's)
+    epochs:int=None,  # (default: the preset's)
+    # evaluate on this share of the training images instead of the test split
+    holdout:float=None,
+    device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
+    # folder of the results (default: runs/PRESET, with --epochs runs/PRESET_EPOCHS)
+    out:str=None,
+    # trainings side by side, each a process with its own log and, on a GPU, its own
+    # copy of the images
+    jobs:int=1,
+    # stop in time, keep checkpoints, and let the next call go on (default: no limit)
+    minutes:float=None,
+    check:bool=False,  # train two steps of every run at full size, and keep nothing
+    weights:bool=False  # keep each trained model beside its result
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
-    start, settings = time.time(), load_preset(preset)
+    # a worker reads the script that called us
+    if getattr(current_process(), '_inheriting', False):
+        raise RuntimeError('reproduce: with jobs, a script has to call it under '
+                           'if __name__ == "__main__":')
+    deadline = time.time() + 60*(math.inf if minutes is None else minutes)
+    items = lambda x: [s.strip() for s in x.split(',')] if isinstance(x, str) else x
+    settings = load_preset(preset); data = data or settings['data']
+    todo = plan(settings, items(methods), seeds and [int(s) for s in items(seeds)])
     out = Path(out or f'runs/{Path(preset).stem}' + f'_{epochs}'*(epochs is not None))
-    todo = plan(settings, methods, seeds)
-    configs = {run: run_config(settings, run, epochs) for run in load_experiments()}
-    check_int('jobs', jobs)
-    if minutes is not None: check_number('minutes', minutes, '> 0', lambda m: m > 0)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    data = data or settings['data']
     torch.ones(1, device=device)  # is it there?
+    check_int('jobs', jobs)
+    configs = {run: run_config(settings, run, epochs) for run in load_experiments()}
     with torch.device('meta'):  # a model that cannot be made fails before all training
         for run in {run for run, _ in todo}: create_model(**configs[run]['model'])
     dataset = load_data(data, settings['model']['image_size'])
+    common = dict(data=data, fingerprint=dataset.fingerprint, holdout=holdout,
+                  device=device, out=str(out), deadline=deadline, weights=weights)
     if holdout is not None: dataset = hold_out(dataset, holdout)
     print(f'{dataset.name}: {len(dataset.train)} training images, '
           f'{len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out, '
           f'{len(dataset.in_both)} images in both splits')
-    if torch.device(device).type == 'cuda':
-        size = sum(s.images.nbytes for s in (dataset.train, dataset.test))
-        print(f'{jobs} copies of the images on the GPU, one for each job: '
-              f'{jobs*size/2**30:.1f} GiB')
+    if check: return _check_runs(todo, configs, dataset, device)
     out.mkdir(parents=True, exist_ok=True)
-    common = dict(data=data, fingerprint=None if check else dataset.fingerprint,
-                  holdout=holdout, device=device, out=str(out), check=check,
-                  weights=weights,
-                  deadline=math.inf if minutes is None else start + 60*minutes)
     try:
-        with nullcontext() if check else FileLock(out/'.lock', timeout=0):
+        with FileLock(out/'.lock', timeout=0):
             return _all_runs(todo, configs, dataset, out, jobs, common)
     except Timeout:
         raise RuntimeError(f'out: {out} is in use by another process; '
                            'wait for it, or name another') from None
 
 # %% ../../nbs/24_runs.ipynb #0fb5a72a
+def _check_runs(todo, configs, data, device):
+    "Train two steps of two images of every run, evaluate two, and forget them"
+    few = lambda split, n: Split(split.images[:n], split.labels[:n])
+    data = replace(data, train=few(data.train, 4), test=few(data.test, 2))
+    for run in dict.fromkeys(run for run, _ in todo):
+        start, train = time.perf_counter(), configs[run]['train']
+        config = configs[run] | {'train': train | dict(epochs=1, batch_size=2)}
+        result, _ = run_once(run, config, todo[0][1], data, device)
+        print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, '
+              f'{len(result["rows"])} rows, {time.perf_counter() - start:.0f} s',
+              flush=True)
+    print('\nall runs work here')
+    return result_table([])
+
 def _all_runs(todo, configs, dataset, out, jobs, common):
     "Do what has no result yet, in a folder that is ours"
-    check, start = common['check'], time.time()
+    start = time.time()
     for there in load_results(out):
         _check_same(there, configs.get(there['run']), dataset, out)
-    if check: missing = [(run, todo[0][1]) for run in dict.fromkeys(r for r, _ in todo)]
-    else:
-        for part in out.glob('.*.part'):  # of a killed process
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-        missing = [job for job in todo if not _is_done(out, job, common['weights'])]
-        for job in set(todo) - set(missing):
-            result_path(out, *job).with_suffix('.ckpt').unlink(missing_ok=True)
+    for part in out.glob('.*.part'):  # of a killed process
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    missing = [job for job in todo if not _is_done(out, job, common['weights'])]
+    for job in set(todo) - set(missing):
+        result_path(out, *job).with_suffix('.ckpt').unlink(missing_ok=True)
     print(f'{len(todo)} runs, {len(missing)} to do, on {common["device"]}; '
           f'results in {out}', flush=True)
     work = [dict(run=run, seed=seed, config=configs[run], **common)
             for run, seed in missing]
     for job, done in _run_jobs(work, jobs):
-        if check or not done: continue
+        if not done: continue
         result = load_result(result_path(out, job['run'], job['seed']))
         print('\n'.join(['', *table_lines(result_table([result]))]), flush=True)
         try: write_summary(out)
         except OSError as e: print(f'no table yet: {e}', flush=True)  # open elsewhere?
-    minutes = (time.time() - start)/60
-    if check:
-        print(f'\nall runs work here; {minutes:.1f} minutes')
-        return result_table(load_results(out))
     left = [job for job in todo if not _is_done(out, job, common['weights'])]
     table = write_summary(out) if load_results(out) else result_table([])
     print('\n'.join(['', *table_lines(table)]))
-    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, {minutes:.1f} minutes; '
+    print(f'\n{len(todo) - len(left)} of {len(todo)} runs done, '
+          f'{(time.time() - start)/60:.1f} minutes; '
           f'table.md, table.csv and a chart are in {out}')
     if left:
         print('still to do: ' + ', '.join(f'{run} (seed {seed})' for run, seed in left))
@@ -360,8 +359,8 @@ def _check_same(result, config, data, out):
     keys = ('evaluated', 'fingerprint', 'train', 'test')
     now, was = ({k: d.get(k) for k in keys} for d in (_describe(data), result['data']))
     if config:
-        now |= config | {'rows': [row for row, *_ in _rows(result['run'], config)]}
-        was |= result['config'] | {'rows': [row['row'] for row in result['rows']]}
+        now |= config | {'rows': [row[0] for row in _rows(result['run'], config)]}
+        was |= result['config'] | {'rows': [row['budget'] for row in result['rows']]}
     if differ := [f'{k}: {was.get(k)} there, {now[k]} asked'
                   for k in now if was.get(k) != now[k]]:
         path = result_path(out, result['run'], result['seed'])
@@ -370,28 +369,12 @@ def _check_same(result, config, data, out):
 
 # %% ../../nbs/24_runs.ipynb #13e4870d
 @call_parse
-def sigma_reproduce(
-    preset:str='quick',  # quick, small, small_half, small_long, medium, short_ablations, paper, paper_long, or a TOML file like theirs
-    data:str=None,  # digits, intel, or a folder with a training and a test split (default: the preset's)
-    methods:str=None,  # runs or models, separated by commas (default: all of the preset)
-    seeds:str=None,  # separated by commas (default: the preset's)
-    epochs:int=None,  # (default: the preset's)
-    holdout:float=None,  # evaluate on this share of the training images instead of the test split
-    device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
-    out:str=None,  # folder of the results (default: runs/PRESET, with --epochs runs/PRESET_EPOCHS)
-    jobs:int=1,  # trainings side by side, each a process with its own log and, on a GPU, its own copy of the images
-    minutes:float=None,  # stop in time, keep checkpoints, and let the next call go on (default: no limit)
-    check:store_true=False,  # train two steps of every run at full size, and keep nothing
-    weights:store_true=False  # keep each trained model beside its result
-):
-    "Train image tokenizers, evaluate every row of the tables, and print the comparison as it grows"
-    # a worker reads the script that called us once more
-    if getattr(current_process(), '_inheriting', False): return
-    def items(s):
-        return None if s is None else [i.strip() for i in s.split(',') if i.strip()]
-    seeds = seeds and [int(s) if s.isdecimal() else s for s in items(seeds)]
-    try: reproduce(preset, data, items(methods), seeds, epochs, holdout, device, out,
-                   jobs, minutes, check, weights)
+@delegates(reproduce)
+def sigma_reproduce(**kwargs):
+    "Train image tokenizers, evaluate every row of the tables, and print the comparison"
+    if hasattr(sys.stdout, 'reconfigure'):  # for a name that the terminal cannot show
+        sys.stdout.reconfigure(errors='backslashreplace')
+    try: reproduce(**kwargs)
     # torch asserts that there is CUDA
     except (ValueError, OSError, RuntimeError, AssertionError) as e:
         sys.exit(f'sigma_reproduce: {e}')
