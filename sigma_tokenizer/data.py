@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 from fastai.torch_core import TensorCategory, TensorImage
-with warnings.catch_warnings():  # at each start of a program
+with warnings.catch_warnings():  # of no use to who imports them
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     import fastai.layers
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
