@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from fastai.data.core import DataLoaders
 try:
     from timm.models import Eva, VisionTransformer
 except ImportError as e:
@@ -28,6 +27,7 @@ from .reduce import RestToken
 from .training import (BFloat16, BudgetSchedule, SelfDistillation,
                                       create_learner)
 from .checkpoint import train
+from fastai.data.core import DataLoaders
 
 # %% ../nbs/18_budget.ipynb #12519b4f
 def _rotations(

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .data import atomic_write  # before fastai: it silences a warning
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from .tokens import check_int, check_number
-from .data import atomic_write
 from .training import SmoothLoss
 
 # %% ../nbs/14_checkpoint.ipynb #7be76d9d

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.foundation import L
+from .data import check_batches  # before fastai: it silences a warning
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
@@ -28,7 +29,6 @@ from fastai.torch_core import find_bs
 from .tokens import Tokens, check_int, check_number
 from .select import TopK
 from .vit import VisionTransformer
-from .data import check_batches
 
 # %% ../nbs/13_training.ipynb #39aab3c0
 def gini_index(
