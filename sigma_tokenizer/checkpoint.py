@@ -41,7 +41,6 @@ def _set_random_states(learn, states):
     learn.dls.train.rng.setstate(states['loader'])
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
 
-# %% ../nbs/14_checkpoint.ipynb #823e1c77
 class Checkpoint(Callback):
     "Log each epoch, keep a checkpoint, begin no epoch that would miss the deadline"
     order = 80  # after the recorder, and after what skips the epochs that are done
