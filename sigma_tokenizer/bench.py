@@ -59,10 +59,11 @@ def _sequence(model, x, keep):
     if not hasattr(model, 'reduce'):  # not ours
         n = getattr(getattr(model, 'patch_embed', None), 'num_patches', None)
         return dict(budget='all', tokens=None if None in (n, first) else n + first)
-    t = model.reduce(model.embed(x), keep)
-    rest = ' + rest'*bool((t.mask & (t.position < 0)).any())
-    words = f'top-p {keep.p:g}{rest}' if isinstance(keep, TopP) else 'all'
-    if isinstance(keep, TopK): words = f'{keep.k}{rest} of {model.n_tokens}'
+    t, words = model.reduce(model.embed(x), keep), 'all'
+    if isinstance(keep, TopK):
+        rest = ' + rest'*int(t.lengths.max() > keep.k)
+        words = f'{keep.k}{rest} of {model.n_tokens}'
+    elif keep: words = f'top-p {keep.p:g}' + ' + rest'*int((t.position < 0).any())
     length = t.lengths.float().mean().item() + (1 if first is None else first)
     return dict(budget=words, tokens=round(length, 2))
 
@@ -117,8 +118,8 @@ def _load(name, size):
         if find_spec('timm'): import timm
         if not find_spec('timm') or not timm.is_model(name):
             known = ', '.join([*list_models(), *list_pretrained()])
-            raise ValueError(f'models: got {name!r}; accepted: {known}, a folder, a '
-                             "name of the Hugging Face Hub, or of timm if that is installed")
+            raise ValueError(f'models: got {name!r}; accepted: {known}, a folder, or a '
+                             'name of the Hugging Face Hub or of timm (if installed)')
         cfg = timm.get_pretrained_cfg(name)
         side = size.get('image_size', cfg.input_size[-1])
         kw = dict(img_size=side) if cfg.fixed_input_size else {}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from fastai.data.core import DataLoaders
 try:
     from timm.models import Eva, VisionTransformer
 except ImportError as e:
@@ -28,6 +27,7 @@ from .reduce import RestToken
 from .training import (BFloat16, BudgetSchedule, SelfDistillation,
                                       create_learner)
 from .checkpoint import train
+from fastai.data.core import DataLoaders
 
 # %% ../nbs/18_budget.ipynb #12519b4f
 def _rotations(
@@ -41,7 +41,6 @@ def _rotations(
     found = table[..., position, :]
     return found[:, None] if rope.ndim == 2 else found.transpose(0, 1)
 
-# %% ../nbs/18_budget.ipynb #4d53eeb1
 class Budgeted:
     "What a timm ViT gets from `budgeted`: a budget at each call, or `model.keep`"
     @property
@@ -140,7 +139,6 @@ def _pooled(self:Budgeted, x, short, t):
                          f'accepted: TopK(k), as global_pool is {pool!r}')
     return self.forward_head(x)
 
-# %% ../nbs/18_budget.ipynb #e61e0828
 @patch
 def forward_features(self:Budgeted,
     x:Tensor,  # (B, C, H, W) images

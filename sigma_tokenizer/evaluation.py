@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
+from .data import check_batches  # before fastai: it silences a warning
 from fastai.data.core import DataLoaders
 from .tokens import check_int, check_number
 from .select import TopK, TopP
 from .vit import VisionTransformer
-from .training import autocast, check_batches
+from .training import autocast
 
 # %% ../nbs/15_evaluation.ipynb #8e8023fc
 @torch.no_grad()

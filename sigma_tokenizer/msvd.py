@@ -9,22 +9,15 @@ __all__ = ['MSVDTokenizer']
 
 # %% ../nbs/08_msvd.ipynb #9bfee3fc
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .stem import ConvStem, GridTokenizer
 
 # %% ../nbs/08_msvd.ipynb #ed734147
 class MSVDTokenizer(GridTokenizer):
     "Tokens of two convolutional branches, U and V, joined by a linear layer"
-    def __init__(self,
-        image_size:int|tuple[int, int]=256,  # size n_tokens is for, in pixels: side or (H, W)
-        patch_size:int=16,  # side p of a token's patch, a power of two, in pixels
-        embed_dim:int=768,  # width D of a token
-        in_chans:int=3  # channels C of the images
-    ):
-        super().__init__(image_size, patch_size, embed_dim, in_chans)
-        self.u, self.v = (ConvStem(in_chans, patch_size) for _ in range(2))
-        self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, embed_dim)
+    def make(self):
+        self.u, self.v = (ConvStem(self.in_chans, self.patch_size) for _ in range(2))
+        self.proj = nn.Linear(self.u.out_chans + self.v.out_chans, self.embed_dim)
 
-    def vectors(self, x:Tensor)->Tensor:  # (B, C, H, W) -> (B, H/p, W/p, D)
-        "Both branches' outputs for each patch, through one layer"
+    def vectors(self, x):
         return self.proj(torch.cat([self.u(x), self.v(x)], 1).movedim(1, -1))

@@ -30,7 +30,6 @@ def _keep_first(order, n, mask):
     kept = torch.arange(order.shape[1], device=order.device) < n
     return torch.zeros_like(mask).scatter(1, order, kept.expand_as(order)) & mask
 
-# %% ../nbs/02_select.ipynb #ccfe1d8e
 @dataclass(frozen=True)
 class TopK:
     "Budget: the `k` tokens with the highest scores, or all where an image has fewer"

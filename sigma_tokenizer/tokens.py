@@ -48,14 +48,10 @@ def full_tokens(
 
 # %% ../nbs/01_tokens.ipynb #631371e3
 def scatter_tokens(
-    t:Tokens,  # every token with a position
+    t:Tokens,  # every token with a position: a rest token has none
     n:int  # length of the full sequence
 )->Tokens:  # (B, n, D)
     "The same tokens, each at its position, with padding between them"
-    real = t.position[t.mask]
-    if real.numel() and not 0 <= real.min() <= real.max() < n:
-        raise ValueError(f'tokens: got positions {real.min()} to {real.max()}; accepted: '
-                         f'0 to {n - 1} (a token that sums up several has none, -1)')
     at = torch.where(t.mask, t.position, n)  # padding goes behind the end and is cut off
     def put(v):
         to = at.view(*at.shape, *[1]*(v.ndim - 2)).expand(v.shape)

@@ -7,7 +7,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/training.html.md""
 # %% auto #0
 __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'distillation_loss', 'RandomBudget',
            'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice', 'SmoothLoss', 'AdamW', 'spared_decay',
-           'check_batches', 'create_learner']
+           'create_learner']
 
 # %% ../nbs/13_training.ipynb #a473c7ad
 import math, random
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.foundation import L
+from .data import check_batches  # before fastai: it silences a warning
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
@@ -218,15 +219,6 @@ def spared_decay(
     return [p for n, p in model.named_parameters() if p.ndim <= 1 or n in named]
 
 # %% ../nbs/13_training.ipynb #2633d82f
-def check_batches(
-    dls:DataLoaders  # fastai's
-):
-    "Raise a `ValueError` if there is no whole batch to train on"
-    if not len(dls.train):
-        raise ValueError(f'dls: got {len(dls.train.dataset)} training images in batches '
-                         f'of {dls.train.bs}, of which none is full; '
-                         'accepted: at least one batch')
-
 def create_learner(
     model:VisionTransformer,  # or any module that gives logits
     dls:DataLoaders,  # such as image_loaders

@@ -170,7 +170,6 @@ def resize_positions(
     square = F.interpolate(square, size=new, mode='bicubic', antialias=True)
     return torch.cat([pos[:1], square[0].flatten(1).mT.to(pos)])
 
-# %% ../nbs/09_vit.ipynb #b058e8c2
 @patch
 def embed(self:VisionTransformer,
     x:Tensor  # (B, C, H, W) images
