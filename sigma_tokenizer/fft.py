@@ -8,8 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/fft.html.md"""
 __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
 # %% ../nbs/06_fft.ipynb #2a4a8f06
-import math
-import torch
+import math, torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn

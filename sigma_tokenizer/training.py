@@ -13,8 +13,7 @@ __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'dis
 import math, random
 from dataclasses import dataclass
 from functools import partial
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.foundation import L
 from .data import check_batches  # before fastai: it silences a warning

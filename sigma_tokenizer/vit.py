@@ -9,8 +9,7 @@ __all__ = ['attend', 'pad_tokens', 'Attention', 'Block', 'VisionTransformer', 'r
 
 # %% ../nbs/09_vit.ipynb #6d2eb727
 from fastcore.basics import patch
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .tokens import Tokens, check_int, check_number, sinusoidal
