@@ -9,14 +9,15 @@ __all__ = ['Prediction', 'predict', 'show_kept', 'predict_files', 'sigma_predict
 
 # %% ../nbs/16_predict.ipynb #fabcf99b
 import math, os, sys
-from argparse import ArgumentParser
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from fastcore.script import call_parse
 from matplotlib.figure import Figure
 from torch import Tensor
-from .tokens import imagenet_normalize
+from .tokens import check_int, imagenet_normalize
 from .select import TopK, TopP, resolve_keep
 from .models import SigmaModel
 from .data import atomic_write, decode
@@ -73,27 +74,13 @@ def show_kept(
     if scores is not None: panels.append(('scores', scores.view(1, *cells)))
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
-    if fig is None: fig = plt.figure()
+    fig = fig or plt.figure()
     fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
     fig.suptitle(title, fontsize=10, parse_math=False)  # a class may be named $
     return fig
-
-# %% ../nbs/16_predict.ipynb #ebe58498
-def _pictures(files, out):
-    "Where the kept tokens of each file are drawn, under names of up to 255 bytes"
-    taken, pictures = {f.resolve() for f in files}, []
-    for f in files:
-        stem = f.stem
-        while len(os.fsencode(f'{stem}.kept.png')) > 255: stem = stem[:-1]
-        pictures.append(out/f'{stem}.kept.png')
-        if pictures[-1] in taken:
-            raise ValueError(f'images: got {f}; accepted: one whose picture, '
-                             f'{pictures[-1].name}, is no other image or picture')
-        taken.add(pictures[-1])
-    return pictures
 
 # %% ../nbs/16_predict.ipynb #6e5406f1
 def predict_files(
@@ -104,57 +91,56 @@ def predict_files(
     bits:int=16  # 8 to 16, that grey images of more than 8 bits use
 )->int:  # number of unreadable files
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
-    config = model.config
-    if model.tokenizer.grid is None or config['reduction'] == 'pool':
-        raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}; '
-                         'accepted: one that keeps patches, to be drawn')
-    if config['in_chans'] != 3 or not isinstance(config['image_size'], int):
-        raise ValueError(f'model: got {config["in_chans"]} channels, {config["image_size"]} '
-                         'pixels; accepted: square RGB images')
-    files, bad = [Path(f) for f in files], 0
-    pictures = _pictures(files, Path(out).resolve())
+    config, side = model.config, model.config['image_size']
+    patches = model.tokenizer.grid is not None and config['reduction'] != 'pool'
+    if not patches or config['in_chans'] != 3 or not isinstance(side, int):
+        raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}, '
+                         f'{config["in_chans"]} channels, {side} pixels; accepted: '
+                         'one that keeps patches of square RGB images')
+    files, out, bad = [Path(f) for f in files], Path(out), 0
+    # a name has up to 255 bytes
+    stems = [os.fsencode(f.stem)[:246].decode(errors='ignore') for f in files]
+    pictures = [out.resolve()/f'{stem}.kept.png' for stem in stems]
+    uses = Counter([*pictures, *(f.resolve() for f in files)])
+    if twice := [p.name for p in pictures if uses[p] > 1]:
+        raise ValueError(f'images: got more than one file for {twice[0]}; '
+                         'accepted: files whose names differ')
     for file, picture in zip(files, pictures):
-        got = [decode(file, side, bits) for side in (config['image_size'], 256)]
+        got = [decode(file, n, bits) for n in (side, 256)]
         if isinstance(got[0], str):
-            print(f'{file}: {got[0]}', file=sys.stderr); bad += 1
+            print(f'{file}: {got[0]}', file=sys.stderr)
+            bad += 1
             continue
         image, large = (torch.tensor(pixels).permute(2, 0, 1)/255 for pixels, _ in got)
         p = predict(model, image[None].to(model.cls_token), keep)[0]
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        show_kept(large, p.kept, p.scores, f'{p.label} {p.probability:.2f}', fig := Figure())
+        said = f'{p.label} {p.probability:.2f}'
+        out.mkdir(parents=True, exist_ok=True)
+        fig = show_kept(large, p.kept, p.scores, said, Figure())
         with atomic_write(picture) as new: fig.savefig(new, format='png')
-        print(f'{file}: {p.label} {p.probability:.2f}, {int(p.kept.sum())} of {len(p.kept)} '
-              f'tokens{" and the rest token"*p.rest}, {Path(out)/picture.name}')
+        print(f'{file}: {said}, {int(p.kept.sum())} of {len(p.kept)} tokens'
+              f'{" and the rest token"*p.rest}, {out/picture.name}')
     return bad
 
 # %% ../nbs/16_predict.ipynb #586ca313
+@call_parse
 def sigma_predict(
-    args:list[str]=None  # the command line's if None
+    *images:str,  # image files
+    keep:int=None,  # keep the K highest scores (default: the model's own budget, or all)
+    top_p:float=None,  # or keep as many as hold this share of the scores' sum
+    model:str='msvd_short_intel64',  # of the package, a folder, or on the Hugging Face Hub
+    bits:int=16,  # 8 to 16, that grey images of more than 8 bits use
+    out:str='.'  # folder of the pictures
 ):
     "Say what is in images, from a few of their tokens, and draw which"
-    parser = ArgumentParser('sigma_predict', description=sigma_predict.__doc__)
-    parser.add_argument('images', nargs='+', help='image files')
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument('--keep', metavar='K', type=int, help='keep the K highest scores '
-                        "(default: the model's own budget, or all)")
-    budget.add_argument('--top-p', metavar='P', type=float,
-                        help="keep as many as hold a share P of the scores' sum")
-    parser.add_argument('--model', default='msvd_short_intel64',
-                        help='a trained model of the package, a folder, or a name on the '
-                        'Hugging Face Hub (default: %(default)s)')
-    parser.add_argument('--bits', metavar='B', type=int, default=16, choices=range(8, 17),
-                        help='bits that grey images of more than 8 bits use '
-                        '(default: %(default)s)')
-    parser.add_argument('--out', default='.',
-                        help='folder of the pictures (default: %(default)s)')
-    a = parser.parse_args(args)
-    # for a file name that the terminal cannot show
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
+    if hasattr(sys.stdout, 'reconfigure'):  # for a file's name that it cannot show
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        keep = 'default'
-        if a.keep is not None: keep = TopK(a.keep)
-        if a.top_p is not None: keep = TopP(a.top_p)
-        model = SigmaModel.from_pretrained(a.model)
-        sys.exit(int(predict_files(a.images, model, keep, a.out, a.bits) > 0))
+        check_int('images', len(images)); check_int('bits', bits, 8)
+        if keep is not None and top_p is not None:
+            raise ValueError('keep, top_p: got both; accepted: one of them')
+        budget = 'default' if keep is None else TopK(keep)
+        if top_p is not None: budget = TopP(top_p)
+        bad = predict_files(images, SigmaModel.from_pretrained(model), budget, out, bits)
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f'sigma_predict: {" ".join(str(e).split())}')
+    if bad: sys.exit(1)
