@@ -139,7 +139,7 @@ def batched_resize(
     weights = weights*((pixel > start) & (pixel < start + span))
     rows, cols = weights/weights.sum(-1, keepdim=True)  # (B, M, S)
     cols = torch.where(mirror, cols.flip(1), cols)
-    x = (rows @ images.float().flatten(2)).unflatten(2, images.shape[2:])  # (B, M, S, 3)
+    x = (rows @ images.float().flatten(2)).unflatten(2, images.shape[2:])
     return torch.einsum('bjs,bisc->bijc', cols, x).round().byte()
 
 # %% ../nbs/12_data.ipynb #e0bb8aab
@@ -154,7 +154,8 @@ def random_resized_crop(
         drawn = [window.make_params([images[0].permute(2, 0, 1)]) for _ in images]
         start, span = (torch.tensor([[float(d[k]) for d in drawn] for k in keys])
                        for keys in (('top', 'left'), ('height', 'width')))
-        return batched_resize(images, start, span, torch.rand(len(images)) < .5*flip, size)
+        mirror = torch.rand(len(images)) < .5*flip
+        return batched_resize(images, start, span, mirror, size)
     # on a CPU this takes a third of the matrix products' time
     mirror = v2.RandomHorizontalFlip(.5 if flip else 0)
     x = torch.stack([mirror(window(im.permute(2, 0, 1))) for im in images])

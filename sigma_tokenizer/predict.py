@@ -43,8 +43,9 @@ def predict(
         raise ValueError('model: got one without a head; accepted: one with classes')
     bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError('images: got NaN or infinite pixels in '
-                         f'{", ".join(f"images[{i}]" for i in bad)}; accepted: finite ones')
+        bad = ', '.join(f'images[{i}]' for i in bad)
+        raise ValueError(f'images: got NaN or infinite pixels in {bad}; '
+                         'accepted: finite ones')
     full = model.embed(imagenet_normalize(images) if model.normalize else images)
     short = model.reduce(full, resolve_keep(keep, model.keep))
     probability, best = model.head(model.encode(short)).float().softmax(-1).max(-1)
@@ -75,7 +76,8 @@ def show_kept(
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
     fig = fig or plt.figure()
-    fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
+    size = 2*len(panels), 2.2 + .25*bool(title)
+    fig.set(size_inches=size, layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
@@ -94,7 +96,7 @@ def predict_files(
     config, side = model.config, model.config['image_size']
     patches = model.tokenizer.grid is not None and config['reduction'] != 'pool'
     if not patches or config['in_chans'] != 3 or not isinstance(side, int):
-        raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}, '
+        raise ValueError(f'model: got {config["name"]}, {config["reduction"]}, '
                          f'{config["in_chans"]} channels, {side} pixels; accepted: '
                          'one that keeps patches of square RGB images')
     files, out, bad = [Path(f) for f in files], Path(out), 0
@@ -125,9 +127,9 @@ def predict_files(
 @call_parse
 def sigma_predict(
     *images:str,  # image files
-    keep:int=None,  # keep the K highest scores (default: the model's own budget, or all)
+    keep:int=None,  # keep the K highest scores (default: the model's budget, or all)
     top_p:float=None,  # or keep as many as hold this share of the scores' sum
-    model:str='msvd_short_intel64',  # of the package, a folder, or on the Hugging Face Hub
+    model:str='msvd_short_intel64',  # or a folder, or on the Hugging Face Hub
     bits:int=16,  # 8 to 16, that grey images of more than 8 bits use
     out:str='.'  # folder of the pictures
 ):
@@ -140,7 +142,8 @@ def sigma_predict(
             raise ValueError('keep, top_p: got both; accepted: one of them')
         budget = 'default' if keep is None else TopK(keep)
         if top_p is not None: budget = TopP(top_p)
-        bad = predict_files(images, SigmaModel.from_pretrained(model), budget, out, bits)
+        model = SigmaModel.from_pretrained(model)
+        bad = predict_files(images, model, budget, out, bits)
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f'sigma_predict: {" ".join(str(e).split())}')
     if bad: sys.exit(1)

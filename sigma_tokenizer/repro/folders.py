@@ -102,9 +102,9 @@ def _decode_all(root, splits, classes, sides, out):
     print(f'decoding {len(files)} images, this once')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bits = max([8, *(peak.bit_length() for peak in pool.map(_peak, files))])
-        known = [_decode_split(pool, root, *split, classes, side, bits, out/f'{side}.bin')
-                 for split, side in zip(splits.items(), sides)]
-    (out/'facts.json').write_text(json.dumps(dict(bits=bits, splits=known)))
+        splits = [_decode_split(pool, root, *split, classes, side, bits, out)
+                  for split, side in zip(splits.items(), sides)]
+    (out/'facts.json').write_text(json.dumps(dict(bits=bits, splits=splits)))
 
 def _decode_split(pool, root, folder, found, classes, side, bits, out):
     digest, files, labels, pixels, left_out = hashlib.sha256(), [], [], [], []
@@ -114,7 +114,7 @@ def _decode_split(pool, root, folder, found, classes, side, bits, out):
         name = os.fsencode(f.relative_to(folder).as_posix())
         return got, name + b'\0' + hashlib.sha256(raw).digest()
     every = pool.map(work, [f for f, _ in found])
-    with closing(every) as done, open(out, 'wb') as images:
+    with closing(every) as done, open(out/f'{side}.bin', 'wb') as images:
         if sys.stdout.isatty(): done = progress_bar(done, total=len(found), leave=False)
         for (f, label), (got, facts) in zip(found, done):
             digest.update(facts)
@@ -136,7 +136,8 @@ def _check_classes(path, classes, others):
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
     if odd := [c for c in classes if _odd.search(c)]:
-        raise ValueError(f'data: got a class {odd[0]!a}; accepted: names that can be printed')
+        raise ValueError(f'data: got a class {odd[0]!a}; '
+                         'accepted: names that can be printed')
 
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)
@@ -164,8 +165,8 @@ def folder_data(
     _warn(f'files in {path} are left out', left_out)
     _warn(f'test images in {path} are training images too, pixel for pixel', in_both)
     fingerprint = hashlib.sha256((a['digest'] + b['digest']).encode()).hexdigest()[:16]
-    return ImageData(name or path.resolve().name, classes, *splits, fingerprint, left_out,
-                     in_both, bits=facts['bits'])
+    return ImageData(name or path.resolve().name, classes, *splits, fingerprint,
+                     left_out, in_both, bits=facts['bits'])
 
 # %% ../../nbs/21_folders.ipynb #502421ee
 def load_data(
@@ -200,6 +201,7 @@ def hold_out(
         how = (side, side), Image.Resampling.BILINEAR
         small = np.stack([np.asarray(Image.fromarray(x).resize(*how)) for x in small])
     def part(images, at):
-        return Split(images, y[at], data.train.files and [data.train.files[i] for i in at])
+        files = data.train.files and [data.train.files[i] for i in at]
+        return Split(images, y[at], files)
     return replace(data, train=part(images[train], train), test=part(small, held),
                    evaluated='holdout', in_both=[])
