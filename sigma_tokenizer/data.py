@@ -37,7 +37,6 @@ class Split:
     images:np.ndarray  # (n, S, S, 3) uint8
     labels:np.ndarray  # (n,) int64
     files:list|None=None  # n paths within the data set, if it consists of files
-
     def __len__(self): return len(self.labels)
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def check_batches(
     with suppress(TypeError):  # a stream has no length
         if not len(dls.train):
             raise ValueError(f'dls: got {len(dls.train.dataset)} training images; '
-                             'accepted: at least one whole batch')
+                             'accepted: at least as many as a batch')
 
 # %% ../nbs/12_data.ipynb #485d1ed9
 @contextmanager

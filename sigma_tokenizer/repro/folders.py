@@ -30,7 +30,7 @@ _of_systems = {'@eadir', '@tmp', '@recycle', '#recycle', '#snapshot', '$recycle.
                'desktop.ini'}
 
 def _mine(path):
-    "Is every part of a relative path the user's?"
+    "Is every part of a path within the data set the user's?"
     return all(p[0] != '.' and p.lower() not in _of_systems for p in Path(path).parts)
 
 def _classes(d): return [c for c in find_classes(d)[0] if _mine(c)]
@@ -46,12 +46,13 @@ def _find_splits(path):
 
 def _find_files(folder, classes):
     "(file, label) of a split"
-    def mine(f): return _mine(Path(f).relative_to(folder))
     index = {c: i for i, c in enumerate(classes)}
-    found = make_dataset(folder, index, is_valid_file=mine, allow_empty=True)
-    return [(Path(f), label) for f, label in found]
+    found = make_dataset(folder, index, is_valid_file=lambda f: True, allow_empty=True)
+    return [(Path(f), label) for f, label in found if _mine(Path(f).relative_to(folder))]
 
 # %% ../../nbs/21_folders.ipynb #95f8d6ef
+_arrays = 'train.bin', 'test.bin'
+
 def _cache_folder():
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     try:
@@ -63,7 +64,7 @@ def _cache_folder():
     return folder
 
 def _cached(root, splits, classes, sides):
-    "The two splits, of readable files, and a dict of facts"
+    "Both splits, of the files that can be read, and what else is known of them"
     def stamp(f): return [f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns]
     stats = [(str(f.relative_to(root)), f.exists() and stamp(f))
              for files in splits.values() for f, _ in files]
@@ -71,10 +72,9 @@ def _cached(root, splits, classes, sides):
     key = json.dumps([version, str(root.resolve()), classes, sides, stats]).encode()
     cache = _cache_folder()/hashlib.sha256(key).hexdigest()[:32]
     with FileLock(f'{cache}.lock'):
-        try: return _load(cache, sides)
-        except (OSError, ValueError, KeyError, TypeError):
-            # none, one of a process that was killed, or a damaged one
-            shutil.rmtree(cache, ignore_errors=True)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return _load(cache, sides)
+        shutil.rmtree(cache, ignore_errors=True)  # damaged, or of a killed process
         cache.mkdir()
         try: _decode_all(root, splits, classes, sides, cache)
         except BaseException:
@@ -84,8 +84,8 @@ def _cached(root, splits, classes, sides):
 
 def _load(cache, sides):
     facts, splits = json.loads((cache/'facts.json').read_text()), []
-    for s, side in zip(facts['splits'], sides):
-        x = np.memmap(cache/f'{side}.bin', np.uint8, 'c')
+    for s, side, file in zip(facts['splits'], sides, _arrays):
+        x = np.memmap(cache/file, np.uint8, 'c')
         x = x.reshape(len(s['files']), side, side, 3)
         splits.append(Split(x, np.array(s['labels'], np.int64), s['files']))
     return splits, facts
@@ -102,19 +102,19 @@ def _decode_all(root, splits, classes, sides, out):
     print(f'decoding {len(files)} images, this once')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bits = max([8, *(peak.bit_length() for peak in pool.map(_peak, files))])
-        splits = [_decode_split(pool, root, *split, classes, side, bits, out)
-                  for split, side in zip(splits.items(), sides)]
-    (out/'facts.json').write_text(json.dumps(dict(bits=bits, splits=splits)))
+        known = [_decode_split(pool, root, *split, classes, side, bits, out/file)
+                 for split, side, file in zip(splits.items(), sides, _arrays)]
+    (out/'facts.json').write_text(json.dumps(dict(bits=bits, splits=known)))
 
 def _decode_split(pool, root, folder, found, classes, side, bits, out):
-    digest, files, labels, pixels, left_out = hashlib.sha256(), [], [], [], []
+    digest, kept, left_out = hashlib.sha256(), [], []
     def work(f):
         got = decode(f, side, bits)
         raw = b'' if isinstance(got, str) else f.read_bytes()
         name = os.fsencode(f.relative_to(folder).as_posix())
         return got, name + b'\0' + hashlib.sha256(raw).digest()
     every = pool.map(work, [f for f, _ in found])
-    with closing(every) as done, open(out/f'{side}.bin', 'wb') as images:
+    with closing(every) as done, open(out, 'wb') as images:
         if sys.stdout.isatty(): done = progress_bar(done, total=len(found), leave=False)
         for (f, label), (got, facts) in zip(found, done):
             digest.update(facts)
@@ -122,9 +122,11 @@ def _decode_split(pool, root, folder, found, classes, side, bits, out):
             if isinstance(got, str): left_out.append((name, got))
             else:
                 images.write(got[0])
-                files.append(name); labels.append(label); pixels.append(got[1])
-    if gone := [c for i, c in enumerate(classes) if i not in {*labels}]:
+                kept.append((name, label, got[1]))
+    full = {label for _, label, _ in kept}
+    if gone := [c for i, c in enumerate(classes) if i not in full]:
         raise ValueError(f'data: no readable image of {", ".join(gone)} in {folder}')
+    files, labels, pixels = zip(*kept)
     return dict(files=files, labels=labels, pixels=pixels, left_out=left_out,
                 digest=digest.hexdigest())
 
