@@ -90,7 +90,6 @@ class _Runs(_Strict):
 
 class _Preset(_Runs): data:str; repeat:_Runs; model:_Size; train:dict
 
-# %% ../../nbs/20_experiments.ipynb #5ac00877
 _presets = files('sigma_tokenizer.repro')/'presets'
 
 def list_presets()->list[str]:
