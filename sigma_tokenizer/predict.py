@@ -31,6 +31,7 @@ class Prediction:
     scores:Tensor|None  # (N,) in [0, 1]; None without a scorer
     rest:bool  # whether a rest token sums up the dropped ones
 
+# %% ../nbs/16_predict.ipynb #18d1d884
 @torch.no_grad()
 def predict(
     model:SigmaModel,  # in evaluation mode
@@ -42,8 +43,9 @@ def predict(
         raise ValueError('model: got one without a head; accepted: one with classes')
     bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError('images: got NaN or infinite pixels in '
-                         f'{", ".join(f"images[{i}]" for i in bad)}; accepted: finite ones')
+        bad = ', '.join(f'images[{i}]' for i in bad)
+        raise ValueError(f'images: got NaN or infinite pixels in {bad}; '
+                         'accepted: finite ones')
     full = model.embed(imagenet_normalize(images) if model.normalize else images)
     short = model.reduce(full, resolve_keep(keep, model.keep))
     probability, best = model.head(model.encode(short)).float().softmax(-1).max(-1)
@@ -74,7 +76,8 @@ def show_kept(
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
     if fig is None: fig = plt.figure()
-    fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
+    size = 2*len(panels), 2.2 + .25*bool(title)
+    fig.set(size_inches=size, layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
@@ -106,25 +109,27 @@ def predict_files(
     "Print what the model says of each file, and draw what was kept as `NAME.kept.png`"
     config = model.config
     if model.tokenizer.grid is None or config['reduction'] == 'pool':
-        raise ValueError(f'model: got {config["name"]}, reduction {config["reduction"]}; '
-                         'accepted: one that keeps patches, to be drawn')
-    if config['in_chans'] != 3 or not isinstance(config['image_size'], int):
-        raise ValueError(f'model: got {config["in_chans"]} channels, {config["image_size"]} '
-                         'pixels; accepted: square RGB images')
+        raise ValueError(f'model: got {config["name"]}, reduction '
+                         f'{config["reduction"]}; accepted: one that keeps patches')
+    size = config['image_size']
+    if config['in_chans'] != 3 or not isinstance(size, int):
+        raise ValueError(f'model: got {config["in_chans"]} channels, {size} pixels; '
+                         'accepted: square RGB images')
     files, bad = [Path(f) for f in files], 0
     pictures = _pictures(files, Path(out).resolve())
     for file, picture in zip(files, pictures):
-        got = [decode(file, side, bits) for side in (config['image_size'], 256)]
+        got = [decode(file, side, bits) for side in (size, 256)]
         if isinstance(got[0], str):
             print(f'{file}: {got[0]}', file=sys.stderr); bad += 1
             continue
         image, large = (torch.tensor(pixels).permute(2, 0, 1)/255 for pixels, _ in got)
         p = predict(model, image[None].to(model.cls_token), keep)[0]
         picture.parent.mkdir(parents=True, exist_ok=True)
-        show_kept(large, p.kept, p.scores, f'{p.label} {p.probability:.2f}', fig := Figure())
+        said = f'{p.label} {p.probability:.2f}'
+        show_kept(large, p.kept, p.scores, said, fig := Figure())
         with atomic_write(picture) as new: fig.savefig(new, format='png')
-        print(f'{file}: {p.label} {p.probability:.2f}, {int(p.kept.sum())} of {len(p.kept)} '
-              f'tokens{" and the rest token"*p.rest}, {Path(out)/picture.name}')
+        print(f'{file}: {said}, {int(p.kept.sum())} of {len(p.kept)} tokens'
+              f'{" and the rest token"*p.rest}, {Path(out)/picture.name}')
     return bad
 
 # %% ../nbs/16_predict.ipynb #586ca313
@@ -135,21 +140,24 @@ def sigma_predict(
     parser = ArgumentParser('sigma_predict', description=sigma_predict.__doc__)
     parser.add_argument('images', nargs='+', help='image files')
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument('--keep', metavar='K', type=int, help='keep the K highest scores '
+    budget.add_argument('--keep', metavar='K', type=int,
+                        help='keep the K highest scores '
                         "(default: the model's own budget, or all)")
     budget.add_argument('--top-p', metavar='P', type=float,
                         help="keep as many as hold a share P of the scores' sum")
     parser.add_argument('--model', default='msvd_short_intel64',
-                        help='a trained model of the package, a folder, or a name on the '
-                        'Hugging Face Hub (default: %(default)s)')
-    parser.add_argument('--bits', metavar='B', type=int, default=16, choices=range(8, 17),
+                        help='a trained model of the package, a folder, or a name on '
+                        'the Hugging Face Hub (default: %(default)s)')
+    parser.add_argument('--bits', metavar='B', type=int, default=16,
+                        choices=range(8, 17),
                         help='bits that grey images of more than 8 bits use '
                         '(default: %(default)s)')
     parser.add_argument('--out', default='.',
                         help='folder of the pictures (default: %(default)s)')
     a = parser.parse_args(args)
     # for a file name that the terminal cannot show
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         keep = 'default'
         if a.keep is not None: keep = TopK(a.keep)

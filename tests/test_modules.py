@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from sigma_tokenizer import TopK, TopP, create_model, list_models
-from sigma_tokenizer.msvd import Gated
 from conftest import batch, gap, label, make, model, reductions, small, variants
 
 x = batch([('crop', 0), ('noise', 1), ('crop', 3)])
@@ -14,8 +13,8 @@ def linears(m): return {n: p for n, p in m.named_modules() if isinstance(p, nn.L
 
 @pytest.mark.parametrize('variant', variants, ids=label)
 def test_every_module_is_called(variant):
-    m = make(variant[0], **variant[1]).eval(); gated = isinstance(m.tokenizer, Gated)
-    for keep in (None, TopK(1), TopP(.2)) if gated else (None,):
+    m = make(variant[0], **variant[1]).eval(); keeps = (None,) if m.scorer is None else (None, TopK(1), TopP(.2))
+    for keep in keeps:
         fired, hooks = Counter(), []
         for n, part in m.named_modules():
             if isinstance(part, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)):
@@ -31,7 +30,7 @@ def test_every_module_is_called(variant):
 def test_lora(variant):
     peft = pytest.importorskip('peft'); torch.manual_seed(0)
     m = create_model(variant[0], **small | variant[1], drop_rate=0.)
-    keep = TopK(4) if isinstance(m.tokenizer, Gated) else None; plain = m.eval()(x, keep=keep)
+    keep = TopK(4) if m.scorer is not None else None; plain = m.eval()(x, keep=keep)
     names = list(linears(m)); config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)
     tuned = peft.get_peft_model(m, config); logits = tuned(x, keep=keep)
     F.cross_entropy(logits, torch.arange(3)).backward()

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from sigma_tokenizer import TopK, TopP
 from sigma_tokenizer.fft import FFTTokenizer, energy_side, log_spectrum
-from sigma_tokenizer.msvd import Gated
 from sigma_tokenizer.reduce import GridPool, MergeDropped, RestToken
 from sigma_tokenizer.select import select
 from sigma_tokenizer.svd import (SVDTokenizer, _orthonormal, energy_rank, kept_triplets, leading_triplets, singular_triplets,
@@ -21,7 +20,7 @@ p_budgets = st.builds(TopP, st.floats(0, 1, exclude_min=True) | st.sampled_from(
 def budgets(m):
     "The budgets that a model takes"
     if isinstance(m.reduction, GridPool): return st.none() | st.builds(TopK, st.integers(1, 40))
-    if not isinstance(m.tokenizer, Gated): return st.none()
+    if m.scorer is None: return st.none()
     return st.none() | p_budgets | st.builds(TopK, st.integers(not isinstance(m.reduction, RestToken), 40))
 
 # a batch changes nothing
@@ -42,7 +41,7 @@ def test_memory_layout_and_float64(i, data):
     m = model(i); x, keep = data.draw(batches), data.draw(budgets(m)); want = m(x, keep=keep)
     for other in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, F.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2]):
         assert gap(m(other, keep=keep), want) < 1e-3
-    t, double = m.tokenizer(x), model(i, torch.float64).tokenizer(x.double())
+    t, double = m.embed(x), model(i, torch.float64).embed(x.double())
     assert t.scores is None or not t.scores[~t.mask].any()
     assert t.x.dtype == torch.float32 and double.x.dtype == torch.float64
     assert torch.equal(t.mask, double.mask) and torch.equal(t.position, double.position)

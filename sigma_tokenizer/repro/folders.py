@@ -45,6 +45,7 @@ def _find_splits(path):
     raise ValueError(f'data: got {path}; accepted: a folder (unpack an archive first) '
                      'with ' + ' or '.join(_splits))
 
+# %% ../../nbs/21_folders.ipynb #a217440d
 def _find_images(root, folder, classes):
     "(file, label) of a split's images, and (file, reason) of its other files"
     def mine(f): return all(map(_mine, Path(f).relative_to(folder).parts))
@@ -69,6 +70,7 @@ def _cache_folder():
         raise OSError(f'cache: {e}; accepted: a folder that can be written, '
                       'in the environment variable XDG_CACHE_HOME') from None
 
+# %% ../../nbs/21_folders.ipynb #74897c41
 def _cached(root, splits, classes, sides):
     "Arrays (n, S, S, 3) uint8 of the splits' readable files, and a dict of facts"
     facts = 'st_size', 'st_mtime_ns', 'st_ctime_ns'
@@ -110,13 +112,14 @@ def _decode_all(root, splits, classes, sides, out):
                  for i, (split, side) in enumerate(zip(splits.items(), sides))]
     (out/'meta.json').write_text(json.dumps(dict(bits=bits, splits=known)))
 
+# %% ../../nbs/21_folders.ipynb #ea72ad18
 def _decode_split(pool, root, folder, files, classes, side, bits, out):
     digest, kept, pixels, left_out = hashlib.sha256(), [], [], []
     def work(f):
         got = decode(f, side, bits)
         raw = b'' if isinstance(got, str) else f.read_bytes()
-        name = os.fsencode(f.relative_to(folder).as_posix())
-        return str(f.relative_to(root)), got, name + b'\0' + hashlib.sha256(raw).digest()
+        name = os.fsencode(f.relative_to(folder).as_posix()) + b'\0'
+        return str(f.relative_to(root)), got, name + hashlib.sha256(raw).digest()
     with closing(pool.map(work, files)) as done, open(out, 'wb') as images:
         if sys.stdout.isatty(): done = progress_bar(done, total=len(files), leave=False)
         for i, (name, got, facts) in enumerate(done):
@@ -124,7 +127,8 @@ def _decode_split(pool, root, folder, files, classes, side, bits, out):
             if isinstance(got, str): left_out.append((name, got))
             else: images.write(got[0]); kept.append(i); pixels.append(got[1])
     if gone := {*classes} - {files[i].relative_to(folder).parts[0] for i in kept}:
-        raise ValueError(f'data: no readable image of {", ".join(sorted(gone))} in {folder}')
+        raise ValueError(f'data: no readable image of {", ".join(sorted(gone))} '
+                         f'in {folder}')
     return dict(kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest())
 
 # %% ../../nbs/21_folders.ipynb #e25bf526
@@ -135,11 +139,13 @@ def _check_classes(path, classes, others):
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
     if odd := [c for c in classes if _odd.search(c)]:
-        raise ValueError(f'data: got a class {odd[0]!a}; accepted: names that can be printed')
+        raise ValueError(f'data: got a class {odd[0]!a}; '
+                         'accepted: names that can be printed')
 
 def _split(root, found, images, kept):
     files, labels = zip(*[found[i] for i in kept])
-    return Split(images, np.array(labels, np.int64), [str(f.relative_to(root)) for f in files])
+    names = [str(f.relative_to(root)) for f in files]
+    return Split(images, np.array(labels, np.int64), names)
 
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)

@@ -83,13 +83,11 @@ def _describe(data):
 
 def score_summary(
     scores:np.ndarray  # (n, N), of the test images
-)->dict:  # mean, gini (mean over images), histogram (20 bins of [0, 1], shares)
+)->dict:  # mean, gini (mean over images)
     "How large and how unequal a trained model's scores are"
     s = torch.from_numpy(scores)
-    histogram = np.histogram(scores, 20, (0, 1))[0]/scores.size
     gini = gini_index(s, torch.ones_like(s).bool()).mean().item()
-    return dict(mean=round(s.mean().item(), 6), gini=round(gini, 6),
-                histogram=[round(float(v), 4) for v in histogram])
+    return dict(mean=round(s.mean().item(), 6), gini=round(gini, 6))
 
 # %% ../../nbs/24_runs.ipynb #8e1af07d
 def _callbacks(config):

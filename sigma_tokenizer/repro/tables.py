@@ -86,7 +86,8 @@ def row_predictions(
         found[result['seed']] = dict(
             row=result['rows'][i]['row'], labels=predictions.pop('labels'),
             **{k: a[i] for k, a in predictions.items()})
-    if not found: raise ValueError(f'run: got {run!r}; accepted: one with results in {out}')
+    if not found:
+        raise ValueError(f'run: got {run!r}; accepted: one with results in {out}')
     return found
 
 # %% ../../nbs/23_tables.ipynb #0753d710
