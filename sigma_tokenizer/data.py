@@ -226,8 +226,9 @@ def check_batches(
     "Raise a `ValueError` unless an epoch of training has a batch"
     with suppress(TypeError):  # a stream has no length
         if not len(dls.train):
-            raise ValueError(f'dls: got {len(dls.train.dataset)} training images; '
-                             'accepted: at least as many as a batch')
+            bs = getattr(dls.train, 'bs', None) or dls.train.batch_size
+            raise ValueError(f'dls: got {len(dls.train.dataset)} training images in '
+                             f'batches of {bs}; accepted: at least one whole batch')
 
 # %% ../nbs/12_data.ipynb #485d1ed9
 @contextmanager
