@@ -3,9 +3,9 @@ from functools import lru_cache
 import pytest, torch
 from hypothesis import HealthCheck, settings, strategies as st
 from torch import nn
-from sigma_tokenizer import create_model, list_models
+from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.fft import FFTTokenizer
-from sigma_tokenizer.reduce import MergeDropped, RestToken
+from sigma_tokenizer.reduce import GridPool, MergeDropped, RestToken
 from sigma_tokenizer.score import Scorer
 from sigma_tokenizer.svd import SVDTokenizer
 from sigma_tokenizer.tokens import sample_photos
@@ -16,24 +16,32 @@ settings.register_profile('same every time', max_examples=15, deadline=None, der
                           database=None, suppress_health_check=list(HealthCheck))
 settings.load_profile('same every time')
 
-def slow(*values): return [pytest.param(v, marks=pytest.mark.slow) for v in values]
+def slow(*values):
+    "The same values for `pytest.mark.parametrize`, marked as slow"
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
 
 small = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 reductions = [('msvd_gated', dict(reduction=r)) for r in ('rest', 'layer_rest', 'merge')]
 variants = [*((name, {}) for name in list_models()), *reductions,
-            ('msvd', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
-            ('vit_conv', dict(reduction='pool')),
-            ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')), ('fft', dict(cut='patches', energy=.95)),
-            ('fft', dict(cut='radial_bins', filter_size=16)), ('svd', dict(energy=.99, criterion='linear')),
+            ('msvd', dict(reduction='pool')), ('vit_conv', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
+            ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')),
+            ('fft', dict(cut='patches', energy=.95)), ('fft', dict(cut='radial_bins', filter_size=16)),
+            ('svd', dict(energy=.99, criterion='linear')),
             # padded tokens with scores, which `create_model` does not make
-            *((name, dict(reduction=r)) for name in ('scored fft', 'scored svd') for r in (None, 'rest', 'layer_rest', 'merge'))]
+            *((name, dict(reduction=r)) for name in ('scored fft', 'scored svd')
+              for r in (None, 'rest', 'layer_rest', 'merge'))]
 def label(variant): return ' '.join([variant[0], *map(str, variant[1].values())])
 
 def make(name, **kw):
     if name in list_models(): return create_model(name, **small | kw)
     tokenizer = FFTTokenizer(32, 8, 32, energy=.9) if name == 'scored fft' else SVDTokenizer(32, 32, .95)
-    reduction = {None: None, 'rest': RestToken(32), 'layer_rest': RestToken(32, 16), 'merge': MergeDropped()}[kw['reduction']]
-    return VisionTransformer(tokenizer, depth=2, num_heads=4, scorer=Scorer(32), reduction=reduction)
+    reductions = {None: None, 'rest': RestToken(32), 'layer_rest': RestToken(32, 16), 'merge': MergeDropped()}
+    return VisionTransformer(tokenizer, depth=2, num_heads=4, scorer=Scorer(32), reduction=reductions[kw['reduction']])
+
+def some_budgets(m):
+    "Budgets that a model takes"
+    if m.scorer is not None: return None, TopK(3), TopP(.3)
+    return (None, TopK(4)) if isinstance(m.reduction, GridPool) else (None,)
 
 @lru_cache(None)
 def model(i, dtype=torch.float32):

@@ -1,6 +1,10 @@
-"`import sigma_tokenizer` is light, and needs neither timm nor the Hugging Face Hub"
+"`import sigma_tokenizer` is light, needs no timm, and the tests run on the versions that users get"
 import os, subprocess, sys
-import pytest
+from configparser import ConfigParser
+from importlib.metadata import version
+from pathlib import Path
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 def python(code, *path, **kw):
     "What a fresh process prints"
@@ -15,28 +19,38 @@ def test_the_package_adds_little_to_torch(tmp_path):
 start = time.perf_counter(); import torch; between, there = time.perf_counter(), set(sys.modules)
 import sigma_tokenizer; end = time.perf_counter()
 print((end - start)/(between - start), *(set(sys.modules) - there))'''
-    said = [python(code, cwd=tmp_path).split() for _ in range(3)]
     heavy = ('pandas', 'matplotlib', 'timm', 'fastai', 'torchvision', 'sklearn', 'scipy', 'torch._dynamo')
-    assert not [m for m in said[0][1:] if m in heavy]
-    assert min(float(ratio) for ratio, *_ in said) < 1.25
+    for _ in range(3):  # other programs may disturb one
+        ratio, *modules = python(code, cwd=tmp_path).split()
+        assert not [m for m in modules if m in heavy]
+        if float(ratio) < 1.25: break
+    else: assert False, ratio
 
-@pytest.mark.parametrize('stub, needs', [('huggingface_hub', 'model.save_pretrained("here")'),
-                                         ('timm', 'import sigma_tokenizer.timm_models'), ('timm', 'import sigma_tokenizer.budget')])
-def test_an_old_library_is_asked_for_only_when_needed(stub, needs, tmp_path):
-    (tmp_path/stub).mkdir(); (tmp_path/stub/'__init__.py').write_text('__version__ = "0.6.0"')
-    (tmp_path/stub/'models.py').write_text('')
-    code = f'''from sigma_tokenizer import create_model; import torch, {stub}
-assert {stub}.__version__ == "0.6.0"
+def test_an_old_timm_is_named_only_when_needed(tmp_path):
+    (tmp_path/'timm').mkdir(); (tmp_path/'timm/__init__.py').write_text('__version__ = "0.6.0"')
+    (tmp_path/'timm/models.py').write_text('')
+    code = '''from sigma_tokenizer import create_model; import torch, timm
+assert timm.__version__ == "0.6.0"
 model = create_model("msvd_gated", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
 print(model(torch.rand(1, 3, 32, 32)).shape)
-try: {needs}
-except ImportError as e: print(e)'''
-    shape, said = python(code, tmp_path, cwd=tmp_path).splitlines()
-    assert shape == 'torch.Size([1, 6])' and f'needs {stub}>=' in said.replace('saving and loading models ', '')
+for module in ('timm_models', 'budget'):
+    try: __import__(f'sigma_tokenizer.{module}')
+    except ImportError as e: print(e)'''
+    shape, one, two = python(code, tmp_path, cwd=tmp_path).splitlines()
+    assert shape == 'torch.Size([1, 6])' and 'timm_models needs timm>=' in one and 'budget needs timm>=' in two
 
 def test_no_module_of_unix_is_needed(tmp_path):
     code = '''import sys, importlib, pkgutil
-for name in ('resource', 'fcntl', 'pwd', 'grp', 'termios', 'readline', 'syslog'): sys.modules[name] = None  # as on Windows
+unix = 'resource', 'fcntl', 'pwd', 'grp', 'termios', 'readline', 'syslog'
+for name in unix: sys.modules[name] = None  # as on Windows
 import sigma_tokenizer
-for m in pkgutil.iter_modules(sigma_tokenizer.__path__): importlib.import_module(f'sigma_tokenizer.{m.name}')'''
+for m in pkgutil.walk_packages(sigma_tokenizer.__path__, 'sigma_tokenizer.'): importlib.import_module(m.name)'''
     python(code, cwd=tmp_path)
+
+def test_users_and_tests_have_the_same_versions():
+    ini = ConfigParser(delimiters=['=']); ini.read(Path(__file__).parents[1]/'settings.ini', encoding='utf-8')
+    users, ours = ({r.name: r.specifier for r in map(Requirement, ini['DEFAULT'][k].split())}
+                   for k in ('requirements', 'dev_requirements'))
+    for name in {*users} & {*ours}: assert {s.operator for s in ours[name]} <= {'>='}, name  # no pin below the newest
+    for name, least in dict(fastai='2.8.9', fastcore='2', nbdev='3').items():
+        assert Version(version(name)) >= Version(least)

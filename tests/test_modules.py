@@ -6,15 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from sigma_tokenizer import TopK, TopP, create_model, list_models
-from conftest import batch, gap, label, make, model, reductions, small, variants
+from torchinfo import summary
+from conftest import batch, gap, label, make, model, reductions, small, some_budgets, variants
 
 x = batch([('crop', 0), ('noise', 1), ('crop', 3)])
 def linears(m): return {n: p for n, p in m.named_modules() if isinstance(p, nn.Linear)}
 
 @pytest.mark.parametrize('variant', variants, ids=label)
 def test_every_module_is_called(variant):
-    m = make(variant[0], **variant[1]).eval(); keeps = (None,) if m.scorer is None else (None, TopK(1), TopP(.2))
-    for keep in keeps:
+    m = make(variant[0], **variant[1]).eval()
+    for keep in (None,) if m.scorer is None else (None, TopK(1), TopP(.2)):
         fired, hooks = Counter(), []
         for n, part in m.named_modules():
             if isinstance(part, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)):
@@ -25,6 +26,13 @@ def test_every_module_is_called(variant):
             if n.startswith('reduction'): assert times == (keep is not None), (n, times)
             elif n in linears(m): assert times == 1, (n, times)
             else: assert times >= 1, n
+
+@pytest.mark.parametrize('i', range(len(variants)), ids=map(label, variants))
+def test_torchinfo(i):
+    "It hooks all modules too, and reads what they take and give"
+    for keep in some_budgets(model(i)):
+        table = summary(model(i), input_data=x, keep=keep, verbose=0)
+        assert table.total_params == sum(p.numel() for p in model(i).parameters()) and table.total_mult_adds > 0
 
 @pytest.mark.parametrize('variant', [*((name, {}) for name in list_models()), *reductions], ids=label)
 def test_lora(variant):

@@ -1,6 +1,6 @@
 "Properties that hold for any image, batch and budget"
-import math
-from dataclasses import replace
+import copy, math
+from contextlib import contextmanager
 from fractions import Fraction
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -9,10 +9,11 @@ from sigma_tokenizer import TopK, TopP
 from sigma_tokenizer.fft import FFTTokenizer, energy_side, log_spectrum
 from sigma_tokenizer.reduce import GridPool, MergeDropped, RestToken
 from sigma_tokenizer.select import select
-from sigma_tokenizer.svd import (SVDTokenizer, _orthonormal, energy_rank, kept_triplets, leading_triplets, singular_triplets,
-                                 start_basis, sure_rank)
-from sigma_tokenizer.tokens import Tokens, scatter_tokens, sinusoidal
-from conftest import batch, gap, images, label, model, photos, variants
+from sigma_tokenizer.svd import (SVDTokenizer, _orthonormal, energy_rank, kept_triplets, leading_triplets,
+                                 singular_triplets, start_basis, sure_rank)
+from sigma_tokenizer.data import batched_resize, digits_data, random_windows
+from sigma_tokenizer.tokens import Tokens, imagenet_normalize, sample_photos, scatter_tokens, sinusoidal
+from conftest import batch, gap, images, label, make, model, photos, some_budgets, variants
 
 some_models = pytest.mark.parametrize('i', range(len(variants)), ids=map(label, variants))
 batches = st.lists(images, min_size=2, max_size=4).map(batch)
@@ -39,13 +40,52 @@ def test_an_image_alone_and_in_a_batch(i, data):
 @given(st.data())
 def test_memory_layout_and_float64(i, data):
     m = model(i); x, keep = data.draw(batches), data.draw(budgets(m)); want = m(x, keep=keep)
-    for other in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, F.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2]):
+    part = F.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2]
+    for other in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, part):
         assert gap(m(other, keep=keep), want) < 1e-3
     t, double = m.embed(x), model(i, torch.float64).embed(x.double())
     assert t.scores is None or not t.scores[~t.mask].any()
     assert t.x.dtype == torch.float32 and double.x.dtype == torch.float64
     assert torch.equal(t.mask, double.mask) and torch.equal(t.position, double.position)
     assert gap(t.x[t.mask].double(), double.x[t.mask]) < 1e-2
+
+@some_models
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_one_image_that_is_not_finite(i, value):
+    m, x = model(i), batch([('crop', 0), ('crop', 1), ('noise', 0)]); bad = x.clone(); bad[1, 0, 3, 5] = value
+    for keep in some_budgets(m):
+        got, want = m(bad, keep=keep), m(x, keep=keep)
+        assert got[1].isnan().all() and gap(got[[0, 2]], want[[0, 2]]) < 1e-6
+
+@contextmanager
+def default_dtype(dtype):
+    "As those who load large models set it"
+    torch.set_default_dtype(dtype)
+    try: yield
+    finally: torch.set_default_dtype(torch.float32)
+
+@some_models
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype(i, dtype):
+    m, x = model(i), batch([('crop', 0), ('crop', 1), ('noise', 0)]); plain = [m(x, keep=k) for k in some_budgets(m)]
+    with default_dtype(dtype):
+        assert all(torch.equal(m(x, keep=k), want) for k, want in zip(some_budgets(m), plain))
+        made = make(variants[i][0], **variants[i][1]).eval()
+        assert made.pos_embed.dtype == dtype
+        if 'pos_embed' not in made.state_dict(): assert torch.equal(made.pos_embed, m.pos_embed.to(dtype))
+        made.load_state_dict(m.state_dict())
+        assert torch.equal(made(x.to(dtype)), copy.deepcopy(m).to(dtype)(x.to(dtype)))
+
+def test_torchs_default_dtype_and_data():
+    def made():
+        torch.manual_seed(0); start, span = random_windows(99, 300)
+        images = torch.randint(256, (99, 300, 300, 3), dtype=torch.uint8)[:4]
+        resized = batched_resize(images, start[:, :4], span[:, :4], torch.arange(4) > 1, 64)
+        digits = torch.from_numpy(digits_data(20).train.images)
+        return start, span, resized, digits, sample_photos(99), imagenet_normalize(sample_photos(64))
+    want = made()
+    for dtype in (torch.bfloat16, torch.float64):
+        with default_dtype(dtype): assert all(map(torch.equal, made(), want))
 
 # selection
 
@@ -62,11 +102,12 @@ scored_tokens = st.integers(1, 9).flatmap(rows).map(as_tokens)
 any_budget = p_budgets | st.builds(TopK, st.integers(1, 12) | st.just(2**64))
 
 def plain_kept(scores, real, keep):
-    "Where the tokens stand that a budget keeps of one image: by score in steps of 2^-16, the earlier first among equals"
+    "Where the tokens that a budget keeps of one image are: by score in steps of 2^-16, the first among equals"
     steps = {i: max(1, round(float(s)*2**16)) for i, (s, r) in enumerate(zip(scores, real)) if r}
     order = sorted(steps, key=lambda i: (-steps[i], i))
     if isinstance(keep, TopK): return sorted(order[:keep.k])
-    return sorted(order[:next(n for n in range(1, 99) if sum(steps[i] for i in order[:n]) >= keep.p*sum(steps.values()))])
+    enough = (n for n in range(1, 99) if sum(steps[i] for i in order[:n]) >= keep.p*sum(steps.values()))
+    return sorted(order[:next(enough)])
 
 @settings(max_examples=150)
 @given(scored_tokens, any_budget)
@@ -105,9 +146,9 @@ def test_from_mean(B, N, seed, at):
 @given(scored_tokens, any_budget, st.booleans())
 def test_rest_and_merge_one_image_at_a_time(t, keep, hidden):
     torch.manual_seed(0); rest = RestToken(4, 6 if hidden else None).requires_grad_(False)
-    t = replace(t, x=torch.where(t.mask[..., None], t.x, 1e6))  # padding is not to be read
+    t = t.replace(x=torch.where(t.mask[..., None], t.x, 1e6))  # padding is not to be read
     summed, merged = rest(t, keep), MergeDropped()(t, keep)
-    alike = MergeDropped()(replace(t, x=torch.ones_like(t.x)), keep); assert (alike.x[alike.mask] == 1).all()
+    alike = MergeDropped()(t.replace(x=torch.ones_like(t.x)), keep); assert (alike.x[alike.mask] == 1).all()
     for i, real in enumerate(t.mask):
         x, s, position = t.x[i, real], t.scores[i, real], t.position[i, real]
         kept = plain_kept(s, real[real], keep); lost = [j for j in range(len(x)) if j not in kept]
@@ -116,7 +157,8 @@ def test_rest_and_merge_one_image_at_a_time(t, keep, hidden):
         torch.testing.assert_close(summed.x[i][summed.mask[i]], torch.cat(want), rtol=1e-4, atol=1e-5)
         assert summed.position[i][summed.mask[i]].tolist() == [-1]*bool(lost) + position[kept].tolist()
         joined = {j: [j] for j in kept}
-        for j in lost: joined[max(kept, key=lambda k: F.cosine_similarity(x[j].double(), x[k].double(), 0).item())].append(j)
+        def alike_to(j): return lambda k: F.cosine_similarity(x[j].double(), x[k].double(), 0).item()
+        for j in lost: joined[max(kept, key=alike_to(j))].append(j)
         torch.testing.assert_close(merged.x[i][merged.mask[i]], torch.stack([x[js].mean(0) for js in joined.values()]),
                                    rtol=1e-4, atol=1e-5)
 
@@ -135,8 +177,8 @@ def test_fft_side_is_the_smallest(x, step, p):
     f = np.concatenate([f.real, f.imag], 1); f = np.sign(f)*np.log(1 + np.abs(f))
     assert (log_spectrum(x) - torch.tensor(f)).abs().max() <= 1e-4*max(1, x.max())
     far = np.abs(np.arange(32) - 15.5); far = np.maximum(far[:, None], far); energy = (f**2).sum(1)
-    sides = [step*(1 + first_reaching([e[far < s/2].sum()/e.sum() for s in range(step, 33, step)], p)) if e.any() else step
-             for e in energy]
+    def side(e): return step*(1 + first_reaching([e[far < s/2].sum()/e.sum() for s in range(step, 33, step)], p))
+    sides = [side(e) if e.any() else step for e in energy]
     assert energy_side(torch.tensor(f), p, step).tolist() == sides
     t = FFTTokenizer(32, step, 8, energy=p)(x)
     for i, s in enumerate(sides):
@@ -165,8 +207,9 @@ def odd():
     starts = torch.cat([start_basis(256, 32), start_basis(256, 64), torch.randn(256, 1)], 1)
     unseen = torch.linalg.qr(starts.double())[0][:, -1].float()
     strength = torch.linalg.matrix_norm(temple[0], 2)*F.normalize(torch.randn(256, 1), dim=0)*unseen
-    grey = [torch.randn(256, 256), (3.1*i).cos() + .5*(2.9*i[:, None]).sin(), ((i + i[:, None]) % 2)*2. - 1, torch.eye(256),
-            torch.ones(256, 256), torch.randn(256, 5) @ torch.randn(5, 256), 1e4*flower[0], 1e-6*flower[0],
+    grey = [torch.randn(256, 256), (3.1*i).cos() + .5*(2.9*i[:, None]).sin(), ((i + i[:, None]) % 2)*2. - 1,
+            torch.eye(256), torch.ones(256, 256), torch.randn(256, 5) @ torch.randn(5, 256),
+            1e4*flower[0], 1e-6*flower[0],
             torch.linalg.qr(torch.randn(256, 256))[0]*.5**i, torch.diag((i > 200).float()) + flower[0],
             *(temple + a*strength for a in (1., .3, .1))]
     gratings = [temple + (f*.0123*i).sin()*(f*.007*(255 - i[:, None])).cos()*(i > f) for f in range(20, 256, 40)]
@@ -191,7 +234,8 @@ def test_ranks_of_odd_matrices(odd):
     assert (kept_triplets(torch.rand(4, 3, 7, 7), .9)[3] >= 1).all()  # too small for a block of an eighth
 
 def test_a_rank_is_certain_only_if_it_is():
-    (_, s, _, residual, _), total = leading_triplets(photos, start_basis(256, 32), 6), photos.square().sum((1, 2, 3)).double()
+    _, s, _, residual, _ = leading_triplets(photos, start_basis(256, 32), 6)
+    total = photos.square().sum((1, 2, 3)).double()
     k, sure = sure_rank(s, residual, total, .9)
     assert sure.all() and torch.equal(k, energy_rank(singular_triplets(photos)[1], .9))
     at = (s.double().square().sum(1).cumsum(1)/total[:, None])[0, 3].item()
