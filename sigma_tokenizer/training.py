@@ -52,7 +52,8 @@ def sparsity_loss(
 # %% ../nbs/13_training.ipynb #497586e2
 def _unwrapped(model):
     "The model inside torch's wrappers: several processes, compiled"
-    return getattr(getattr(model, 'module', model), '_orig_mod', model)
+    for name in ('module', '_orig_mod'): model = getattr(model, name, model)
+    return model
 
 class SparsityLoss(Callback):
     "Add `weight` times `sparsity_loss` to the loss"
