@@ -28,10 +28,10 @@ def test_a_pickle_is_no_model(tmp_path):
     weights = tmp_path/'model.safetensors'; good = weights.read_bytes(); SigmaModel.from_pretrained(tmp_path)
     for bad in [*pickles(tmp_path/'ran'), good[:-9]]:
         weights.write_bytes(bad)
-        with pytest.raises(ValueError, match='model.safetensors: '): SigmaModel.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=tmp_path.name): SigmaModel.from_pretrained(tmp_path)
     weights.write_bytes(good); create_model('msvd_gated', **small | dict(depth=1)).save_pretrained(tmp_path/'other')
     (tmp_path/'other/config.json').rename(tmp_path/'config.json')
-    with pytest.raises(ValueError, match='(?s)model.safetensors: .*Unexpected key'): SigmaModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='(?s)Unexpected key'): SigmaModel.from_pretrained(tmp_path)
     weights.rename(tmp_path/'pytorch_model.bin')
     with pytest.raises(FileNotFoundError): SigmaModel.from_pretrained(tmp_path)
     assert not (tmp_path/'ran').exists()
