@@ -107,7 +107,7 @@ def run_config(
     defaults = dict(sparsity=0., sparsity_kind='mean', budgets=None, distil=None,
                     normalize=True)
     model = {'name': e['model']} | args | model.get(run, {})
-    return dict(model=model, train=train) | {k: e.get(k, v) for k, v in defaults.items()}
+    return dict(model=model, train=train) | {k: e.get(k, defaults[k]) for k in defaults}
 
 _presets = files('sigma_tokenizer.repro')/'presets'
 
@@ -138,10 +138,10 @@ def plan(
 )->list[tuple[str, int]]:  # run, seed
     "What is to be run, in order"
     experiments, runs, repeat = load_experiments(), preset['runs'], preset['repeat']
+    if unknown := set(methods or []) - set(experiments) - set(list_models()):
+        raise ValueError(f'methods: got {", ".join(sorted(unknown))}; '
+                         f'accepted: {", ".join([*list_models(), *experiments])}')
     if methods is not None:
-        if unknown := set(methods) - set(experiments) - set(list_models()):
-            raise ValueError(f'methods: got {", ".join(sorted(unknown))}; '
-                             f'accepted: {", ".join([*list_models(), *experiments])}')
         runs_of = lambda m: [r for r in preset['runs'] if experiments[r]['model'] == m]
         runs = [r for m in methods for r in ([m] if m in experiments else runs_of(m))]
     todo = [(run, seed) for seed in (preset['seeds'] if seeds is None else seeds)

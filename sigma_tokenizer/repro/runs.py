@@ -60,7 +60,8 @@ def _provenance(device):
     "What made the numbers: commit, versions, device"
     packages = ('sigma_tokenizer', 'torch', 'torchvision', 'fastai', 'scikit-learn',
                 'numpy', 'pillow')
-    versions = {'python': sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+    versions = {p: metadata.version(p) for p in packages}
+    versions = {'python': sys.version.split()[0]} | versions
     if torch.device(device).type == 'cuda': name = torch.cuda.get_device_name(device)
     else: name = f'{device}, {torch.get_num_threads()} threads'
     return dict(commit=_commit(), versions=versions, device=name)
@@ -125,9 +126,10 @@ def _evaluated(about, model, dls, rows, epochs):
         p, scores = evaluate(model, dls.valid, budgets, precision)
     # of all calls that it took
     seconds = sum(e['seconds'] for e in epochs) + time.perf_counter() - start
-    measured = [metrics(p['labels'], *of_row) for of_row in zip(p['preds'], p['lengths'])]
-    rows = [dict(row=name, budget=budget, **{k: was[k] for k in ('reported',) if was}, **m)
-            for (budget, name, _, was), m in zip(rows, measured, strict=True)]
+    rows = [dict(row=name, budget=budget, **{k: was[k] for k in ('reported',) if was},
+                 **metrics(p['labels'], preds, lengths))
+            for (budget, name, _, was), preds, lengths
+            in zip(rows, p['preds'], p['lengths'], strict=True)]
     return about | dict(seconds=round(seconds, 1), epochs=epochs,
                         scores=_score_summary(scores), rows=rows), p
 
@@ -224,22 +226,15 @@ def reproduce(
     # quick, small, small_half, small_long, medium, short_ablations, paper, paper_long,
     # or a TOML file like theirs
     preset:str='quick',
-    # digits, intel, or a folder with a training and a test split
-    # (default: the preset's)
-    data:str=None,
+    data:str=None,  # digits, intel, or a folder with two splits (default: the preset's)
     methods:str=None,  # runs or models, separated by commas (default: the preset's)
     seeds:str=None,  # separated by commas (default: the preset's)
     epochs:int=None,  # (default: the preset's)
-    # evaluate on this share of the training images instead of the test split
-    holdout:float=None,
+    holdout:float=None,  # evaluate on this share of the training split instead
     device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
-    # folder of the results (default: runs/PRESET, with --epochs runs/PRESET_EPOCHS)
-    out:str=None,
-    # trainings side by side, each a process with its own log and, on a GPU, its own
-    # copy of the images
-    jobs:int=1,
-    # stop in time, keep checkpoints, and let the next call go on (default: no limit)
-    minutes:float=None,
+    out:str=None,  # results' folder (default: runs/PRESET, or runs/PRESET_EPOCHS)
+    jobs:int=1,  # trainings side by side, each with its own log and copy of the images
+    minutes:float=None,  # stop in time; the next call goes on (default: no limit)
     check:bool=False,  # train two steps of every run at full size, and keep nothing
     weights:bool=False  # keep each trained model beside its result
 )->pd.DataFrame:  # result_table of all results in out
@@ -267,7 +262,8 @@ def reproduce(
     if check: return _check_runs(todo, configs, dataset, device)
     work = [dict(run=run, seed=seed, config=configs[run], data=data,
                  fingerprint=dataset.fingerprint, holdout=holdout, device=device,
-                 out=str(out), deadline=deadline, weights=weights) for run, seed in todo]
+                 out=str(out), deadline=deadline, weights=weights)
+            for run, seed in todo]
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out/'.lock', timeout=0):
@@ -315,8 +311,9 @@ def _all_runs(work, out, jobs):
         not job['weights'] or path(job).with_suffix('').is_dir())
     for part in out.glob('.*.part'):  # of a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
-    for job in filter(is_done, work): path(job).with_suffix('.ckpt').unlink(missing_ok=True)
     todo = [job for job in work if not is_done(job)]
+    for job in work:
+        if job not in todo: path(job).with_suffix('.ckpt').unlink(missing_ok=True)
     print(f'{len(work)} runs, {len(todo)} to do, on {work[0]["device"]}; '
           f'results in {out}', flush=True)
     for job, finish in _in_turn(todo, jobs):

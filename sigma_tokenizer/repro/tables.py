@@ -132,55 +132,38 @@ def paired_lines(tests:list[dict])->list[str]:
     table = pd.DataFrame(rows, columns=names)
     return table.to_markdown(index=False, disable_numparse=True).splitlines()
 
-# %% ../../nbs/23_tables.ipynb #034e4a3e
+# %% ../../nbs/23_tables.ipynb #10411fd4
 chart_style = {'figure.dpi': 160, 'font.size': 9, 'axes.titlesize': 9,
                'axes.spines.top': False, 'axes.spines.right': False,
                'axes.axisbelow': True, 'grid.alpha': .3,
                'legend.frameon': False, 'figure.constrained_layout.use': True}
 
-_looks = {  # runs of a line -> colour, marker, line; no marker: a level at every length
-    'vit': ('black', 's', 'none'),
-    'vit_conv': ('#777777', 'D', 'none'),
-    'svd_p90 svd_p95 svd_p99 svd_p90_linear svd_p95_linear svd_p99_linear':
-        ('#E69F00', 'o', 'none'),
-    'fft_64 fft_128 fft_256': ('#0072B2', '^', '-'),
-    'msvd_gated': ('#D55E00', '.', '-'),
-    'msvd_gated_dropped': ('#CC79A7', 'v', '-'),
-    'msvd_short': ('#009E73', '.', '-'),
-    'short_layer_rest': ('#56B4E9', '+', ':'),
-    'vit_conv_short': ('#777777', '.', '-'),
-    'msvd_grid': ('#009E73', 'x', ':'),
-    'cnn_short': ('#0072B2', '.', '-'),
-    'cnn_grid': ('#0072B2', 'x', ':'),
-    'cnn': ('black', None, '--'),
-    'msvd_mean': ('#009E73', None, '--')}
-
-# %% ../../nbs/23_tables.ipynb #10411fd4
 def plot_tokens(
     table:pd.DataFrame,  # result_table
     title:str='ours'  # of our panel
 )->plt.Figure:
     "Accuracy against mean length: ours, and the reported figures if the table has them"
+    drawn = {run: e for run, e in load_experiments().items() if 'look' in e}
     was = reported().rename(columns={'length': 'mean_length'})
     panels = {'reported (256 pixels)': was} if 'reported' in table else {}
     panels[title] = table
     fig, axes = plt.subplots(1, len(panels), figsize=(1 + 2.9*len(panels), 4),
                              sharey=True, squeeze=False)
     for ax, (name, t) in zip(axes[0], panels.items()):
-        t = t[~t.budget.str.startswith(('top-p', 'mean'))].sort_values('mean_length')
-        for runs, (colour, marker, line) in _looks.items():
-            part = t[t.run.isin(runs := runs.split())]
-            look = dict(color=colour, ls=line, label=load_experiments()[runs[0]]['title'])
+        t = t[t.run.isin(drawn) & ~t.budget.str.startswith(('top-p', 'mean'))]
+        titles = t.run.map(lambda run: drawn[run]['title'])
+        for label, part in t.groupby(titles, sort=False):
+            part = part.sort_values('mean_length')
+            colour, marker, line = drawn[part.run.iloc[0]]['look']
+            look = dict(color=colour, ls=line, label=label)
             if marker: ax.plot(part.mean_length, part.accuracy, marker=marker, **look)
-            else:
-                for level in part.accuracy: ax.axhline(level, lw=1, **look)
+            else: ax.axhline(part.accuracy.iloc[0], lw=1, **look)
         ax.set(xscale='log', xlim=(1.7, 320), title=name,
                xlabel='mean tokens, with class token')
         ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks)
         ax.minorticks_off(); ax.grid()
     axes[0, 0].set_ylabel('accuracy')
-    handles = {h.get_label(): h for ax in axes[0] for h in ax.get_lines()
-               if len(h.get_xdata())}
+    handles = {h.get_label(): h for ax in axes[0] for h in ax.get_lines()}
     fig.legend(handles=[*handles.values()], loc='outside lower center',
                ncols=len(panels))
     return fig
