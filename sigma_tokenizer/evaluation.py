@@ -93,7 +93,6 @@ def _for_time(model, x, latency_ms):
     print(f'{k} of {n} tokens: {now:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
     return None if k == n else TopK(k)
 
-# %% ../nbs/15_evaluation.ipynb #67065fc0
 @torch.no_grad()
 def calibrate(
     model:nn.Module,  # a VisionTransformer with scores, or what budgeted returns

@@ -188,7 +188,6 @@ class SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.count += 1; self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
-# %% ../nbs/13_training.ipynb #9d041af8
 class AdamW(OptimWrapper):
     "torch's AdamW for fastai, fused on a GPU; no decay of the model's `spared_decay`"
     def __init__(self, params, model=None, **kwargs):

@@ -8,7 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/folders.html.md"""
 __all__ = ['folder_data', 'load_data', 'hold_out']
 
 # %% ../../nbs/21_folders.ipynb #d2f793c0
-import hashlib, json, os, re, shutil, sys, warnings
+import hashlib, json, os, shutil, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -131,21 +131,14 @@ def _decode_split(pool, root, folder, found, classes, side, bits, out):
                 digest=digest.hexdigest())
 
 # %% ../../nbs/21_folders.ipynb #e25bf526
-# control characters, half characters, and those that turn the direction of what follows
-_odd = re.compile(r'[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-
 def _check_classes(path, classes, others):
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
-    if odd := [c for c in classes if _odd.search(c)]:
-        raise ValueError(f'data: got a class {odd[0]!a}; '
-                         'accepted: names that can be printed')
 
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)
     if pairs: warnings.warn('\n'.join([f'{len(pairs)} {what}:', *lines]), stacklevel=3)
 
-# %% ../../nbs/21_folders.ipynb #58a48202
 def folder_data(
     path:str|Path,  # a folder with a training and a test split
     image_size:int,  # side M of the test images, in pixels; training: a quarter more
