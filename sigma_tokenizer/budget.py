@@ -11,9 +11,8 @@ __all__ = ['Budgeted', 'budgeted', 'teach']
 from dataclasses import asdict
 from pathlib import Path
 from fastcore.basics import patch
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 try:
     from timm.models import Eva, VisionTransformer

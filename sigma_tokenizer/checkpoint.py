@@ -12,8 +12,7 @@ import math, random, sys, time
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
-import numpy as np
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from .data import atomic_write  # before fastai: it silences a warning
 from fastai.callback.core import Callback, CancelFitException, CancelValidException

@@ -9,9 +9,7 @@ __all__ = ['evaluate', 'in_turns', 'calibrate']
 
 # %% ../nbs/15_evaluation.ipynb #a473c7ad
 from statistics import median
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
 from .data import check_batches  # before fastai: it silences a warning
@@ -89,18 +87,12 @@ def _for_time(model, x, latency_ms):
     times = np.maximum.accumulate(measure(ks, 9))
     check_number('latency_ms', latency_ms, f'at least {times[0]:.3g}, the time of '
                  f'{batch} with one token', lambda ms: ms >= times[0])
-    k, now = n, times[-1]
-    for _ in range(3):
-        if (new := int(np.interp(latency_ms, times, ks))) == k: break
-        k, = [new]; now, = measure([k], 15)
-        times = times*now/np.interp(k, ks, times)  # the clock of this moment
-    if now > latency_ms:  # still: the next that was fast enough
-        k = max((k for k, ms in zip(ks, times) if ms <= latency_ms), default=ks[0])
-        now = np.interp(k, ks, times)
+    k = int(np.interp(latency_ms, times, ks)); now, = measure([k], 15)
+    if now > latency_ms:  # the largest that was fast enough
+        k, now = max((k, ms) for k, ms in zip(ks, times) if ms <= latency_ms)
     print(f'{k} of {n} tokens: {now:.2f} ms for {batch}; all: {times[-1]:.2f} ms')
     return None if k == n else TopK(k)
 
-# %% ../nbs/15_evaluation.ipynb #67065fc0
 @torch.no_grad()
 def calibrate(
     model:nn.Module,  # a VisionTransformer with scores, or what budgeted returns

@@ -8,8 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/fft.html.md"""
 __all__ = ['log_spectrum', 'crop', 'energy_side', 'radial_bins', 'FFTTokenizer']
 
 # %% ../nbs/06_fft.ipynb #2a4a8f06
-import math
-import torch
+import math, torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,7 +139,6 @@ def forward(self:FFTTokenizer,
         position = self.square_positions(self.filter_size).to(x.device)
         return tokens.replace(position=position.expand(x.shape[0], -1))
     sides = energy_side(f, self.energy, self.patch_size)
-    if torch.compiler.is_exporting(): return self.every_side(f, sides, x.dtype)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
     squares = [crop(f[rows], s).to(x.dtype) for s, rows in groups.items()]
     parts = self.cut_squares(squares)
@@ -151,22 +149,3 @@ def forward(self:FFTTokenizer,
         position[rows, :tokens.shape[1]] = self.square_positions(s).to(x.device)
     mask = torch.arange(N, device=x.device) < (sides//self.patch_size)[:, None]**2
     return Tokens(out, mask, None, position, padded=len(groups) > 1)
-
-# %% ../nbs/06_fft.ipynb #b38cff5f
-@patch
-def every_side(self:FFTTokenizer,
-    f:Tensor,  # (B, 6, M, M) spectra
-    sides:Tensor,  # (B,) int64, each image's own
-    dtype:torch.dtype  # of the tokens
-)->Tokens:  # N = (M/p)^2
-    "The dynamic tokens for `torch.export`: each at its position"
-    squares = range(self.patch_size, self.image_size + 1, self.patch_size)
-    parts = self.cut_squares([crop(f, s).to(dtype) for s in squares])
-    out = f.new_zeros(f.shape[0], self.n_tokens, self.embed_dim, dtype=parts[0].dtype)
-    mask = torch.zeros(f.shape[0], self.n_tokens, dtype=torch.bool, device=f.device)
-    for s, tokens in zip(squares, parts):
-        position, own = self.square_positions(s).to(f.device), (sides == s)[:, None]
-        out[:, position] = torch.where(own[..., None], tokens, out[:, position])
-        mask[:, position] = mask[:, position] | own
-    position = torch.arange(self.n_tokens, device=f.device).expand(f.shape[0], -1)
-    return Tokens(out, mask, None, position)

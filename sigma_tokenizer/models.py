@@ -135,17 +135,12 @@ class SigmaModel(
             reduction=reduction, in_chans=in_chans)
 
 # %% ../nbs/10_models.ipynb #955a58cd
-def _plain(v):
-    "Python's own numbers and lists, for JSON, of numpy's"
-    if isinstance(v, dict): return {k: _plain(x) for k, x in v.items()}
-    return v.tolist() if hasattr(v, 'tolist') else v
-
 @patch(as_prop=True)
 def config(self:SigmaModel)->dict:
     "The arguments that make this model, as JSON takes them"
-    return _plain(self._arguments | dict(
+    return self._arguments | dict(
         num_classes=self.num_classes, depth=len(self.blocks),
-        keep=self.keep and asdict(self.keep), classes=self.classes, normalize=self.normalize))
+        keep=self.keep and asdict(self.keep), classes=self.classes, normalize=self.normalize)
 
 @patch
 def reset_classifier(self:SigmaModel, num_classes, global_pool=None):

@@ -8,9 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/reduce.html.md"""
 __all__ = ['RestToken', 'MergeDropped', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
-import math
-import torch
-import torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from torch import nn
 from .tokens import Tokens, check_int
 from .select import TopK, TopP, check_keep, gather_kept, keep_mask
@@ -82,9 +80,7 @@ class GridPool(nn.Module):
             raise ValueError(f'keep: got {keep}; '
                              'accepted: TopK(k), k >= 1, as cells have no scores')
         n = t.x.shape[1]; grid = t.grid or (math.isqrt(n), math.isqrt(n))
-        if t.padded or math.prod(grid) != n:
-            raise ValueError(f'tokens: got {n}{", padded"*t.padded}; '
-                             'accepted: a grid of tokens, a square if t.grid is None')
+        if t.padded: raise ValueError('tokens: got padded ones; accepted: a whole grid')
         if keep is None or keep.k >= n: return t
         s = min(math.isqrt(keep.k), *grid)
         x = F.adaptive_avg_pool2d(t.x.mT.unflatten(2, grid), s).flatten(2).mT

@@ -9,8 +9,7 @@ __all__ = ['GridTokenizer', 'PatchTokenizer', 'channels_last', 'halvings', 'conv
            'ConvTokenizer', 'cnn_stage', 'CNNTokenizer']
 
 # %% ../nbs/05_stem.ipynb #7112d89d
-import math
-import torch
+import math, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .tokens import (Tokens, check_images, check_int, full_tokens,

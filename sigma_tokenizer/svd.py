@@ -9,8 +9,7 @@ __all__ = ['singular_triplets', 'energy_rank', 'start_basis', 'leading_triplets'
 
 # %% ../nbs/07_svd.ipynb #30dbfdca
 from functools import lru_cache
-import math
-import torch
+import math, torch
 from torch import Tensor, nn
 from .tokens import (Tokens, check_images, check_int, check_number,
                                     in_float64)

@@ -13,8 +13,7 @@ __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'dis
 import math, random
 from dataclasses import dataclass
 from functools import partial
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.foundation import L
 from .data import check_batches  # before fastai: it silences a warning
@@ -53,7 +52,8 @@ def sparsity_loss(
 # %% ../nbs/13_training.ipynb #497586e2
 def _unwrapped(model):
     "The model inside torch's wrappers: several processes, compiled"
-    return getattr(getattr(model, 'module', model), '_orig_mod', model)
+    for name in ('module', '_orig_mod'): model = getattr(model, name, model)
+    return model
 
 class SparsityLoss(Callback):
     "Add `weight` times `sparsity_loss` to the loss"
@@ -188,7 +188,6 @@ class SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.count += 1; self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
-# %% ../nbs/13_training.ipynb #9d041af8
 class AdamW(OptimWrapper):
     "torch's AdamW for fastai, fused on a GPU; no decay of the model's `spared_decay`"
     def __init__(self, params, model=None, **kwargs):

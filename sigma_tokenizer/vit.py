@@ -9,8 +9,7 @@ __all__ = ['attend', 'pad_tokens', 'Attention', 'Block', 'VisionTransformer', 'r
 
 # %% ../nbs/09_vit.ipynb #6d2eb727
 from fastcore.basics import patch
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .tokens import Tokens, check_int, check_number, sinusoidal
@@ -107,7 +106,6 @@ def _fill_positions(model, incompatible_keys):
     "Positions that no state dict holds, for a model from the meta device"
     model.pos_embed = sinusoidal(*model.pos_embed.shape).to(model.cls_token)
 
-# %% ../nbs/09_vit.ipynb #77b842c1
 class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer; the class token's output is classified"
     def __init__(self,

@@ -28,10 +28,10 @@ def test_a_pickle_is_no_model(tmp_path):
     weights = tmp_path/'model.safetensors'; good = weights.read_bytes(); SigmaModel.from_pretrained(tmp_path)
     for bad in [*pickles(tmp_path/'ran'), good[:-9]]:
         weights.write_bytes(bad)
-        with pytest.raises(ValueError, match='model.safetensors: '): SigmaModel.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=tmp_path.name): SigmaModel.from_pretrained(tmp_path)
     weights.write_bytes(good); create_model('msvd_gated', **small | dict(depth=1)).save_pretrained(tmp_path/'other')
     (tmp_path/'other/config.json').rename(tmp_path/'config.json')
-    with pytest.raises(ValueError, match='(?s)model.safetensors: .*Unexpected key'): SigmaModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='(?s)Unexpected key'): SigmaModel.from_pretrained(tmp_path)
     weights.rename(tmp_path/'pytorch_model.bin')
     with pytest.raises(FileNotFoundError): SigmaModel.from_pretrained(tmp_path)
     assert not (tmp_path/'ran').exists()
@@ -95,7 +95,7 @@ def folder(tmp_path, monkeypatch):
 def test_unreadable_images(folder, tmp_path):
     jpeg = (folder/'train/a/0.jpg').read_bytes(); png = io.BytesIO(); Image.new('L', (1, 1)).save(png, 'PNG')
     bad = {'cut.jpg': jpeg[:len(jpeg)//2], 'text.jpg': b'text', 'empty.jpg': b'', 'huge.png': huge_header(),
-           'dot.png': png.getvalue(), 'README': b'text', 'a.heic': jpeg,
+           'dot.png': png.getvalue(), 'README': b'text', 'notes.txt': b'text',
            'eps.jpg': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n'}
     for name, content in bad.items(): (folder/'train/a'/name).write_bytes(content)
     (folder/'test/b/nowhere.jpg').symlink_to('nowhere')
@@ -107,7 +107,7 @@ def test_unreadable_images(folder, tmp_path):
     assert (len(found.train), len(found.test)) == (8, 4) and found.train.images.shape == (8, 40, 40, 3)
     with pytest.warns(UserWarning): again = folder_data(folder, 32)  # of the cache
     assert again.left_out == found.left_out and again.fingerprint == found.fingerprint
-    with pytest.raises(SystemExit) as e: sigma_predict([str(folder/'train/a/cut.jpg'), '--out', str(tmp_path)])
+    with pytest.raises(SystemExit) as e: sigma_predict(str(folder/'train/a/cut.jpg'), out=str(tmp_path))
     assert e.value.code == 1 and not [*tmp_path.glob('*.png')]
 
 @pytest.mark.filterwarnings('error')
@@ -141,11 +141,6 @@ def test_grey_images_of_a_data_set_share_a_scale(folder):
 def test_class_names(name, folder):
     for split in ('train', 'test'): (folder/split/'a').rename(folder/split/name)
     assert folder_data(folder, 32).classes == sorted([name, 'b'])
-
-@pytest.mark.parametrize('name', ['a\n', '\u202egnp', 'a\u2066b', 'a\u2028', 'a\x9b', '\udcff'])
-def test_class_names_that_turn_or_break_lines(name, folder):
-    for split in ('train', 'test'): (folder/split/'a').rename(folder/split/name)
-    with pytest.raises(ValueError, match='can be printed'): folder_data(folder, 32)
 
 def test_no_place_for_a_cache(folder, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(folder/'train/a/0.jpg'))
@@ -185,15 +180,17 @@ def test_photographs_with_any_name(tmp_path):
     assert p.returncode == 1 and 'none.jpg: No such file or directory\nout: Is a directory\n' in p.stderr
 
 @pytest.mark.parametrize('args, said', [
-    (['--keep', '-1'], 'k: got -1'), (['--top-p', '2'], 'p: got 2'), (['--model', 'mine'], "name: got 'mine'"),
-    (['a.png', 'a.jpg'], 'images: got a.jpg'), (['a.kept.png', 'a.png'], 'images: got a.png'),
-    (['--model', 'bare'], 'model: got one without a head'), (['--model', 'fft'], 'model: got fft'),
-    (['--out', 'a.jpg'], 'a.jpg')])
+    (dict(keep=-1), 'k: got -1'), (dict(top_p=2.), 'p: got 2'), (dict(keep=2, top_p=.5), 'keep, top_p: got both'),
+    (dict(bits=7), 'bits: got 7'), (dict(model='mine'), "name: got 'mine'"), (dict(images=[]), 'images: got 0'),
+    (dict(images=['a.png', 'a.jpg']), 'more than one file for a.kept.png'),
+    (dict(images=['a.kept.png', 'a.png']), 'more than one file for a.kept.png'),
+    (dict(model='bare'), 'model: got one without a head'), (dict(model='fft'), 'model: got fft'),
+    (dict(out='a.jpg'), 'a.jpg')])
 def test_sigma_predict_says_what_is_wrong(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path); photo(tmp_path/'a.jpg'); before = {*tmp_path.iterdir()}
-    if args[-1] == 'bare': create_model('vit', num_classes=0, **small).save_pretrained('bare')
-    if args[-1] == 'fft': create_model('fft', **small).save_pretrained('fft')
-    files = [] if args[0][0] == 'a' else ['a.jpg']
-    with pytest.raises(SystemExit) as e: sigma_predict([*files, *args])
+    if args.get('model') == 'bare': create_model('vit', num_classes=0, **small).save_pretrained('bare')
+    if args.get('model') == 'fft': create_model('fft', **small).save_pretrained('fft')
+    args = dict(images=['a.jpg']) | args
+    with pytest.raises(SystemExit) as e: sigma_predict(*args.pop('images'), **args)
     assert said in e.value.code and '\n' not in e.value.code and not capsys.readouterr().out
     assert {*tmp_path.iterdir()} - before <= {tmp_path/'bare', tmp_path/'fft'}

@@ -23,7 +23,8 @@ products alone), and said mass for top-p and padded for masked. A row of `method
     tokenizer_ms, encoder_ms, whole_ms    images to tokens; selection, blocks and head; all: medians of the rounds
     gflop, tokenizer_gflop, peak_mib      10^9 operations for one image; memory that the whole model holds at once
 """
-import json, re, sys
+import json, platform, re, sys
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 import numpy as np, pandas as pd, torch
@@ -31,7 +32,7 @@ from fastcore.script import call_parse
 from timm.models import VisionTransformer as TimmViT
 from torch import nn
 from torch.nn import functional as F
-from sigma_tokenizer.bench import gflop, machine, peak_memory
+from sigma_tokenizer.bench import gflop, peak_memory
 from sigma_tokenizer.data import atomic_write, image_loaders
 from sigma_tokenizer.evaluation import in_turns
 from sigma_tokenizer.models import create_model
@@ -48,6 +49,15 @@ sys.path.insert(0, str(here.parent))
 from token_merging import merge_tokens
 
 shares = [('squared', .9), ('squared', .95), ('squared', .99), ('linear', .9)]
+
+def machine(device):
+    "What the times were measured on"
+    name, info = platform.machine(), Path('/proc/cpuinfo')
+    if info.exists() and (found := re.search('model name.*: (.*)', info.read_text())): name = found[1]
+    if torch.device(device).type == 'cuda': name = torch.cuda.get_device_name(device)
+    made = provenance(device)
+    return made | dict(threads=torch.get_num_threads(), processor=name,
+                       versions=made['versions'] | dict(timm=metadata.version('timm')))
 
 def photos(n, side, data):
     "Always the same (n, 3, side, side) in [0, 1]: of the test split, or two sample photographs in turn"
@@ -186,8 +196,7 @@ def main(
     images = photos(max(32, *batches), size['image_size'], decoded).to(device)
     torch.manual_seed(0); models = make_models(size, images[:8], methods)
     result = dict(preset=preset, precision=precision, model=size, repeats=repeats,
-                  images=data and Path(data).name or 'sample photographs', **machine(device) | provenance(device))
-    result['versions'] |= machine(device)['versions']
+                  images=data and Path(data).name or 'sample photographs', **machine(device))
     def add(part, rows): result[part] = rows; print(pd.DataFrame(rows).to_string())
     with autocast(device, precision):  # one for all, so that weights are cast once
         add('methods', [r for b in batches for r in time_methods(models, images[:b], repeats)])

@@ -8,12 +8,11 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/folders.html.md"""
 __all__ = ['folder_data', 'load_data', 'hold_out']
 
 # %% ../../nbs/21_folders.ipynb #d2f793c0
-import hashlib, json, math, os, re, shutil, sys, warnings
+import hashlib, json, os, shutil, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 import numpy as np
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
@@ -30,9 +29,9 @@ _of_systems = {'@eadir', '@tmp', '@recycle', '#recycle', '#snapshot', '$recycle.
                'lost+found', '__macosx', 'system volume information', 'thumbs.db',
                'desktop.ini'}
 
-def _mine(name):
-    "Is a file or folder the user's?"
-    return name[0] != '.' and name.lower() not in _of_systems
+def _mine(path):
+    "Is every part of a path within the data set the user's?"
+    return all(p[0] != '.' and p.lower() not in _of_systems for p in Path(path).parts)
 
 def _classes(d): return [c for c in find_classes(d)[0] if _mine(c)]
 
@@ -45,56 +44,51 @@ def _find_splits(path):
     raise ValueError(f'data: got {path}; accepted: a folder (unpack an archive first) '
                      'with ' + ' or '.join(_splits))
 
-# %% ../../nbs/21_folders.ipynb #a217440d
-def _find_images(root, folder, classes):
-    "(file, label) of a split's images, and (file, reason) of its other files"
-    def mine(f): return all(map(_mine, Path(f).relative_to(folder).parts))
+def _find_files(folder, classes):
+    "(file, label) of a split"
     index = {c: i for i, c in enumerate(classes)}
-    known = Image.registered_extensions()
-    endings = {'', *(end for end, kind in known.items() if kind in image_formats)}
-    images, others = [], []
-    for f, label in make_dataset(folder, index, is_valid_file=mine, allow_empty=True):
-        f = Path(f)
-        if f.suffix.lower() in endings: images.append((f, label))
-        else: others.append((str(f.relative_to(root)), 'not an ending of images'))
-    return images, others
+    found = make_dataset(folder, index, is_valid_file=lambda f: True, allow_empty=True)
+    return [(Path(f), label) for f, label in found if _mine(Path(f).relative_to(folder))]
 
 # %% ../../nbs/21_folders.ipynb #95f8d6ef
+_arrays = 'train.bin', 'test.bin'
+
 def _cache_folder():
+    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     try:
-        home = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-        (home/'sigma_tokenizer').mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=home/'sigma_tokenizer').close()
-        return home/'sigma_tokenizer'
+        folder = Path(home).expanduser()/'sigma_tokenizer'
+        folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: no home
         raise OSError(f'cache: {e}; accepted: a folder that can be written, '
                       'in the environment variable XDG_CACHE_HOME') from None
+    return folder
 
-# %% ../../nbs/21_folders.ipynb #74897c41
 def _cached(root, splits, classes, sides):
-    "Arrays (n, S, S, 3) uint8 of the splits' readable files, and a dict of facts"
-    facts = 'st_size', 'st_mtime_ns', 'st_ctime_ns'
-    stat = lambda f: [getattr(f.stat(), s) for s in facts]
-    stats = [(str(f.relative_to(root)), f.exists() and stat(f))
-             for files in splits.values() for f in files]
-    version = 6  # raise it when decode or the cache's files change
+    "Both splits, of the files that can be read, and what else is known of them"
+    def stamp(f): return [f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns]
+    stats = [(str(f.relative_to(root)), f.exists() and stamp(f))
+             for files in splits.values() for f, _ in files]
+    version = 7  # raise it when decode or the cache's files change
     key = json.dumps([version, str(root.resolve()), classes, sides, stats]).encode()
     cache = _cache_folder()/hashlib.sha256(key).hexdigest()[:32]
     with FileLock(f'{cache}.lock'):
-        try: return _load(cache, sides)
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(cache, ignore_errors=True)
-        part = cache.with_suffix('.part')  # a killed process may have left one
-        shutil.rmtree(part, ignore_errors=True); part.mkdir()
-        try: _decode_all(root, splits, classes, sides, part); part.rename(cache)
-        finally: shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return _load(cache, sides)
+        shutil.rmtree(cache, ignore_errors=True)  # damaged, or of a killed process
+        cache.mkdir()
+        try: _decode_all(root, splits, classes, sides, cache)
+        except BaseException:
+            shutil.rmtree(cache)
+            raise
         return _load(cache, sides)
 
 def _load(cache, sides):
-    meta = json.loads((cache/'meta.json').read_text())
-    images = [np.memmap(cache/f'{i}.bin', np.uint8, 'c') for i in range(len(sides))]
-    return [x.reshape(len(s['kept']), side, side, 3)
-            for x, s, side in zip(images, meta['splits'], sides)], meta
+    facts, splits = json.loads((cache/'facts.json').read_text()), []
+    for s, side, file in zip(facts['splits'], sides, _arrays):
+        x = np.memmap(cache/file, np.uint8, 'c')
+        x = x.reshape(len(s['files']), side, side, 3)
+        splits.append(Split(x, np.array(s['labels'], np.int64), s['files']))
+    return splits, facts
 
 # %% ../../nbs/21_folders.ipynb #7f90ae4a
 def _peak(file):
@@ -104,54 +98,47 @@ def _peak(file):
     return 0
 
 def _decode_all(root, splits, classes, sides, out):
-    files = [f for split in splits.values() for f in split]
+    files = [f for split in splits.values() for f, _ in split]
     print(f'decoding {len(files)} images, this once')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bits = max([8, *(peak.bit_length() for peak in pool.map(_peak, files))])
-        known = [_decode_split(pool, root, *split, classes, side, bits, out/f'{i}.bin')
-                 for i, (split, side) in enumerate(zip(splits.items(), sides))]
-    (out/'meta.json').write_text(json.dumps(dict(bits=bits, splits=known)))
+        known = [_decode_split(pool, root, *split, classes, side, bits, out/file)
+                 for split, side, file in zip(splits.items(), sides, _arrays)]
+    (out/'facts.json').write_text(json.dumps(dict(bits=bits, splits=known)))
 
-# %% ../../nbs/21_folders.ipynb #ea72ad18
-def _decode_split(pool, root, folder, files, classes, side, bits, out):
-    digest, kept, pixels, left_out = hashlib.sha256(), [], [], []
+def _decode_split(pool, root, folder, found, classes, side, bits, out):
+    digest, kept, left_out = hashlib.sha256(), [], []
     def work(f):
         got = decode(f, side, bits)
         raw = b'' if isinstance(got, str) else f.read_bytes()
-        name = os.fsencode(f.relative_to(folder).as_posix()) + b'\0'
-        return str(f.relative_to(root)), got, name + hashlib.sha256(raw).digest()
-    with closing(pool.map(work, files)) as done, open(out, 'wb') as images:
-        if sys.stdout.isatty(): done = progress_bar(done, total=len(files), leave=False)
-        for i, (name, got, facts) in enumerate(done):
+        name = os.fsencode(f.relative_to(folder).as_posix())
+        return got, name + b'\0' + hashlib.sha256(raw).digest()
+    every = pool.map(work, [f for f, _ in found])
+    with closing(every) as done, open(out, 'wb') as images:
+        if sys.stdout.isatty(): done = progress_bar(done, total=len(found), leave=False)
+        for (f, label), (got, facts) in zip(found, done):
             digest.update(facts)
+            name = str(f.relative_to(root))
             if isinstance(got, str): left_out.append((name, got))
-            else: images.write(got[0]); kept.append(i); pixels.append(got[1])
-    if gone := {*classes} - {files[i].relative_to(folder).parts[0] for i in kept}:
-        raise ValueError(f'data: no readable image of {", ".join(sorted(gone))} '
-                         f'in {folder}')
-    return dict(kept=kept, left_out=left_out, pixels=pixels, digest=digest.hexdigest())
+            else:
+                images.write(got[0])
+                kept.append((name, label, got[1]))
+    full = {label for _, label, _ in kept}
+    if gone := [c for i, c in enumerate(classes) if i not in full]:
+        raise ValueError(f'data: no readable image of {", ".join(gone)} in {folder}')
+    files, labels, pixels = zip(*kept)
+    return dict(files=files, labels=labels, pixels=pixels, left_out=left_out,
+                digest=digest.hexdigest())
 
 # %% ../../nbs/21_folders.ipynb #e25bf526
-# control characters, half characters, and those that turn the direction of what follows
-_odd = re.compile(r'[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-
 def _check_classes(path, classes, others):
     if one := {*classes} ^ {*others}:
         raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
-    if odd := [c for c in classes if _odd.search(c)]:
-        raise ValueError(f'data: got a class {odd[0]!a}; '
-                         'accepted: names that can be printed')
-
-def _split(root, found, images, kept):
-    files, labels = zip(*[found[i] for i in kept])
-    names = [str(f.relative_to(root)) for f in files]
-    return Split(images, np.array(labels, np.int64), names)
 
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)
     if pairs: warnings.warn('\n'.join([f'{len(pairs)} {what}:', *lines]), stacklevel=3)
 
-# %% ../../nbs/21_folders.ipynb #58a48202
 def folder_data(
     path:str|Path,  # a folder with a training and a test split
     image_size:int,  # side M of the test images, in pixels; training: a quarter more
@@ -163,20 +150,18 @@ def folder_data(
     dirs = _find_splits(path)
     classes, others = map(_classes, dirs)
     _check_classes(path, classes, others)
-    found, others = zip(*[_find_images(path, d, classes) for d in dirs])
-    splits = {d: [f for f, _ in fs] for d, fs in zip(dirs, found)}
     # 320 in training for an input of 256
-    images, meta = _cached(path, splits, classes, (image_size*5//4, image_size))
-    a, b = meta['splits']
-    train, test = [_split(path, *s) for s in zip(found, images, (a['kept'], b['kept']))]
-    left_out = [*map(tuple, a['left_out'] + b['left_out']), *sum(others, [])]
-    trained = dict(zip(a['pixels'], train.files))
-    in_both = [(trained[p], f) for p, f in zip(b['pixels'], test.files) if p in trained]
+    found = {d: _find_files(d, classes) for d in dirs}
+    splits, facts = _cached(path, found, classes, (image_size*5//4, image_size))
+    a, b = facts['splits']
+    left_out = [*map(tuple, a['left_out'] + b['left_out'])]
+    trained = dict(zip(a['pixels'], a['files']))
+    in_both = [(trained[p], f) for p, f in zip(b['pixels'], b['files']) if p in trained]
     _warn(f'files in {path} are left out', left_out)
     _warn(f'test images in {path} are training images too, pixel for pixel', in_both)
     fingerprint = hashlib.sha256((a['digest'] + b['digest']).encode()).hexdigest()[:16]
-    return ImageData(name or path.resolve().name, classes, train, test, fingerprint,
-                     left_out, in_both, bits=meta['bits'])
+    return ImageData(name or path.resolve().name, classes, *splits, fingerprint,
+                     left_out, in_both, bits=facts['bits'])
 
 # %% ../../nbs/21_folders.ipynb #502421ee
 def load_data(
@@ -190,9 +175,8 @@ def load_data(
     if not path.is_dir():
         try: import kagglehub
         except ImportError:
-            raise FileNotFoundError(
-                "data: no folder data/intel; accepted: it, your copy, or "
-                "pip install 'sigma_tokenizer[kaggle]' to fetch it") from None
+            raise FileNotFoundError("data: no folder data/intel; to fetch it, "
+                                    "pip install 'sigma_tokenizer[kaggle]'") from None
         path = kagglehub.dataset_download('puneet6060/intel-image-classification')
     return folder_data(path, image_size, 'intel')
 
@@ -203,15 +187,16 @@ def hold_out(
 )->ImageData:  # with evaluated='holdout'
     "Train on a part of the training split, evaluate on the rest of it"
     check_number('holdout', share, '0 < holdout < 1', lambda s: 0 < s < 1)
-    y, side = data.train.labels, data.test.images.shape[1]
+    images, y, side = data.train.images, data.train.labels, data.test.images.shape[1]
     train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y,
                                    random_state=0)
-    small, cut = data.train.images[held], (data.train.images.shape[1] - side)//2
+    small, cut = images[held], (images.shape[1] - side)//2
     if data.bordered: small = small[:, cut:cut+side, cut:cut+side]
     else:
         how = (side, side), Image.Resampling.BILINEAR
         small = np.stack([np.asarray(Image.fromarray(x).resize(*how)) for x in small])
-    files = lambda at: data.train.files and [data.train.files[i] for i in at]
-    return replace(data, train=Split(data.train.images[train], y[train], files(train)),
-                   test=Split(small, y[held], files(held)), evaluated='holdout',
-                   in_both=[])
+    def part(images, at):
+        files = data.train.files and [data.train.files[i] for i in at]
+        return Split(images, y[at], files)
+    return replace(data, train=part(images[train], train), test=part(small, held),
+                   evaluated='holdout', in_both=[])

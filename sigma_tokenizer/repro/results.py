@@ -25,8 +25,8 @@ def metrics(
     lengths:np.ndarray  # (n,), with class token
 )->dict:
     "Accuracy, macro F1, mean length and number of images"
-    f1 = f1_score(labels, preds, average='macro')
-    return dict(accuracy=float(accuracy_score(labels, preds)), f1=float(f1),
+    return dict(accuracy=float(accuracy_score(labels, preds)),
+                f1=float(f1_score(labels, preds, average='macro')),
                 mean_length=float(lengths.mean()), images=len(labels))
 
 # %% ../../nbs/22_results.ipynb #a9483701
@@ -75,7 +75,6 @@ def save_result(
     with atomic_write(path) as new: new.write_text(text)
     return path
 
-# %% ../../nbs/22_results.ipynb #18295f81
 def load_result(path:str|Path)->Result:
     "Read one run's result, from `result_path`"
     try: return TypeAdapter(Result).validate_json(Path(path).read_bytes())
@@ -91,6 +90,6 @@ def load_predictions(
     except (ValueError, EOFError, BadZipFile) as e:
         raise ValueError(f'{path}: no predictions: {e}') from None
 
-def load_results(out:str|Path)->list[Result]:
-    "All results in the folder `out`, by name"
-    return [load_result(p) for p in sorted(Path(out).glob('*-seed*.json'))]
+def load_results(out:str|Path, run:str='*')->list[Result]:
+    "All results in the folder `out`, or those of one run, by name"
+    return [load_result(p) for p in sorted(Path(out).glob(f'{run}-seed*.json'))]

@@ -9,7 +9,6 @@ __all__ = ['chart_style', 'result_table', 'pick', 'table_lines', 'row_prediction
            'plot_tokens', 'write_summary']
 
 # %% ../../nbs/23_tables.ipynb #23007dd5
-from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +16,7 @@ import pandas as pd
 from scipy.stats import binomtest, bootstrap
 from ..data import atomic_write
 from .experiments import load_experiments, reported
-from .results import load_predictions, load_result, load_results
+from .results import load_predictions, load_results, result_path
 
 # %% ../../nbs/23_tables.ipynb #76ae539a
 _intel = ['buildings', 'forest', 'glacier', 'mountain', 'sea', 'street']
@@ -58,12 +57,13 @@ def table_lines(
     table:pd.DataFrame  # result_table
 )->list[str]:  # two lines of header, then one for each row
     "The table in Markdown"
-    t = table.drop(columns=['run', 'budget', 'std', 'seeds'])
-    t = t.astype(object).where(t.notna(), None)
-    std = ['' if pd.isna(s) else f' ± {s:.3f}' for s in table['std']]
-    t['accuracy'] = [f'{a:.3f}{s}' for a, s in zip(table.accuracy, std)]
-    t = t.rename(columns={'mean_length': 'mean length with class token'})
-    t.columns = [c.replace('_', ' ').replace('f1', 'F1') for c in t]
+    t = table.drop(columns=['run', 'budget', 'std', 'seeds']).astype(object)
+    t = t.where(t.notna(), None).rename(columns={
+        'mean_length': 'mean length with class token', 'f1': 'F1',
+        'reported_f1': 'reported F1'})
+    t['accuracy'] = [f'{a:.3f}' if pd.isna(s) else f'{a:.3f} ± {s:.3f}'
+                     for a, s in zip(table.accuracy, table['std'])]
+    t.columns = [c.replace('_', ' ') for c in t]
     digits = ['.1f' if 'length' in c else '.2f' if 'reported' in c else '.3f'
               for c in t]
     align = ['left' if c in ('row', 'reported') else 'right' for c in t]
@@ -77,15 +77,15 @@ def row_predictions(
 )->dict[int, dict]:  # seed -> row (its name); labels, preds, lengths, ...: (n,) each
     "What each seed's model predicted for every image, for one row of the table"
     found = {}
-    for path in sorted(Path(out).glob(f'{run}-seed*.json')):
-        result = load_result(path)
+    for result in load_results(out, run):
         budgets = [row['budget'] for row in result['rows']]
         if budget is not None and budget not in budgets:
             raise ValueError(f'budget: got {budget!r}; accepted: {", ".join(budgets)}')
-        i, predictions = budgets.index(budget or budgets[0]), load_predictions(path)
-        found[result['seed']] = {'row': result['rows'][i]['row'],
-                                 'labels': predictions.pop('labels'),
-                                 **{k: a[i] for k, a in predictions.items()}}
+        i = budgets.index(budget or budgets[0])
+        predictions = load_predictions(result_path(out, run, result['seed']))
+        found[result['seed']] = dict(
+            row=result['rows'][i]['row'], labels=predictions.pop('labels'),
+            **{k: a[i] for k, a in predictions.items()})
     if not found:
         raise ValueError(f'run: got {run!r}; accepted: one with results in {out}')
     return found
@@ -132,60 +132,32 @@ def paired_lines(tests:list[dict])->list[str]:
     table = pd.DataFrame(rows, columns=names)
     return table.to_markdown(index=False, disable_numparse=True).splitlines()
 
-# %% ../../nbs/23_tables.ipynb #034e4a3e
+# %% ../../nbs/23_tables.ipynb #10411fd4
 chart_style = {'figure.dpi': 160, 'font.size': 9, 'axes.titlesize': 9,
                'axes.spines.top': False, 'axes.spines.right': False,
                'axes.axisbelow': True, 'grid.alpha': .3,
                'legend.frameon': False, 'figure.constrained_layout.use': True}
 
-@contextmanager
-def _styled():
-    with plt.rc_context(chart_style):
-        yield
-        on = plt.isinteractive()  # the first figure in a notebook turns it on, to stay
-    plt.rcParams['interactive'] = on
-
-# %% ../../nbs/23_tables.ipynb #570a19d9
-_looks = {  # runs of a line -> colour, marker, line; no marker: a level at every length
-    'vit': ('black', 's', 'none'),
-    'vit_conv': ('#777777', 'D', 'none'),
-    'svd_p90 svd_p95 svd_p99 svd_p90_linear svd_p95_linear svd_p99_linear':
-        ('#E69F00', 'o', 'none'),
-    'fft_64 fft_128 fft_256': ('#0072B2', '^', '-'),
-    'msvd_gated': ('#D55E00', '.', '-'),
-    'msvd_gated_dropped': ('#CC79A7', 'v', '-'),
-    'msvd_short': ('#009E73', '.', '-'),
-    'short_layer_rest': ('#56B4E9', '+', ':'),
-    'vit_conv_short': ('#777777', '.', '-'),
-    'msvd_grid': ('#009E73', 'x', ':'),
-    'cnn_short': ('#0072B2', '.', '-'),
-    'cnn_grid': ('#0072B2', 'x', ':'),
-    'cnn': ('black', None, '--'),
-    'msvd_mean': ('#009E73', None, '--')}
-
-# %% ../../nbs/23_tables.ipynb #10411fd4
-def _plot_line(ax, table, runs, colour, marker, line):
-    "Accuracy against mean length, of the rows of some runs with fixed budgets"
-    fixed = ~table.budget.str.startswith(('top-p', 'mean'))
-    part = table[table.run.isin(runs) & fixed].sort_values('mean_length')
-    look = dict(color=colour, ls=line, label=load_experiments()[runs[0]]['title'])
-    if not len(part): return
-    if marker: ax.plot(part.mean_length, part.accuracy, marker=marker, **look)
-    else: ax.axhline(part.accuracy.iloc[0], lw=1, **look)
-
-@_styled()
 def plot_tokens(
     table:pd.DataFrame,  # result_table
     title:str='ours'  # of our panel
 )->plt.Figure:
     "Accuracy against mean length: ours, and the reported figures if the table has them"
+    drawn = {run: e for run, e in load_experiments().items() if 'look' in e}
     was = reported().rename(columns={'length': 'mean_length'})
     panels = {'reported (256 pixels)': was} if 'reported' in table else {}
     panels[title] = table
-    size = 1 + 2.9*len(panels), 4
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 2.9*len(panels), 4),
+                             sharey=True, squeeze=False)
     for ax, (name, t) in zip(axes[0], panels.items()):
-        for runs, look in _looks.items(): _plot_line(ax, t, runs.split(), *look)
+        t = t[t.run.isin(drawn) & ~t.budget.str.startswith(('top-p', 'mean'))]
+        titles = t.run.map(lambda run: drawn[run]['title'])
+        for label, part in t.groupby(titles, sort=False):
+            part = part.sort_values('mean_length')
+            colour, marker, line = drawn[part.run.iloc[0]]['look']
+            look = dict(color=colour, ls=line, label=label)
+            if marker: ax.plot(part.mean_length, part.accuracy, marker=marker, **look)
+            else: ax.axhline(part.accuracy.iloc[0], lw=1, **look)
         ax.set(xscale='log', xlim=(1.7, 320), title=name,
                xlabel='mean tokens, with class token')
         ax.set_xticks(ticks := [2**i for i in range(1, 9)], ticks)
@@ -203,7 +175,7 @@ def write_summary(
     "Write `table.md`, `table.csv` and `tokens_vs_accuracy.png` beside the result files"
     out, results = Path(out), load_results(out)
     table, size = result_table(results), results[0]['config']['model']['image_size']
-    fig = plot_tokens(table, f'ours ({size} pixels)')
+    with plt.rc_context(chart_style): fig = plot_tokens(table, f'ours ({size} pixels)')
     lines = '\n'.join(table_lines(table)) + '\n'
     with atomic_write(out/'table.md') as new: new.write_text(lines, 'utf-8')
     with atomic_write(out/'table.csv') as new:
