@@ -1,4 +1,4 @@
-"""`torch.export` takes every method; `export_onnx` writes the convolutional ones and timm ViTs with a budget, and checks the file
+"""`torch.export` takes every method but FFT with `energy`; `export_onnx` writes the convolutional ones and timm ViTs with a budget, and checks the file
 
 Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/export.html.md"""
 
