@@ -1,6 +1,5 @@
 "`sigma_reproduce`, killed at any moment and started again, ends with the rows of a run that was never killed"
 import os, random, re, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -11,6 +10,9 @@ from sigma_tokenizer.evaluation import evaluate
 from sigma_tokenizer.repro.folders import hold_out
 from sigma_tokenizer.repro.results import load_predictions, load_results, result_path
 from sigma_tokenizer.repro.runs import reproduce
+from conftest import slow
+
+pytestmark = pytest.mark.xdist_group('kill')  # one process makes the fixtures
 
 kills = int(os.environ.get('KILLS', 1))  # for each of --jobs 1 and --jobs 2
 tiny = '''data = "digits"
@@ -78,13 +80,9 @@ def killed(home, jobs):
             printed += p.communicate(timeout=60)[0]  # ends when nothing is left that could write
         yield out, p.returncode, printed
 
-@pytest.fixture(scope='module')
-def both(home):
-    with ThreadPoolExecutor(2) as pool: return dict(zip((1, 2), pool.map(lambda jobs: [*killed(home, jobs)], (1, 2))))
-
-@pytest.mark.parametrize('jobs', [1, 2])
-def test_killed_and_started_again(both, whole, jobs):
-    for out, code, printed in both[jobs]:
+@pytest.mark.parametrize('jobs', [1, *slow(2)])
+def test_killed_and_started_again(home, whole, jobs):
+    for out, code, printed in killed(home, jobs):
         assert code == 0 and b'2 of 2 runs done' in printed and b'\r' not in printed, printed.decode()
         assert b'a chart are in' in printed and b'\\u0438\\u0442\\u043e\\u0433\\u0438' in printed
         assert content(out) == whole[0]
@@ -127,6 +125,7 @@ def test_a_run_that_fails_does_not_stop_the_others(home):
         quietly(home, 'broken', epochs=1)
     assert result_path(home/'broken', 'svd_p90', 1).exists()
 
+@pytest.mark.slow
 def test_a_script_without_main_guard(home):
     (home/'mine.py').write_text('from sigma_tokenizer.repro.runs import reproduce\n'
                                 'reproduce("tiny.toml", device="cpu", out="mine", jobs=2)\n')
