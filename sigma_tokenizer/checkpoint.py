@@ -100,7 +100,7 @@ def before_epoch(self:Checkpoint):
     if self.saved:
         _set_random_states(self.learn, self.saved['random'])
         smooth, (count, value) = self.recorder.smooth_loss, self.saved['smooth_loss']
-        smooth.count, smooth.val = count, torch.tensor(value)
+        smooth.count, smooth.val = count, torch.tensor(value, dtype=torch.float32)
         self.saved = None
 
 @patch

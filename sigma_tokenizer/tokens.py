@@ -28,7 +28,8 @@ class Tokens(NamedTuple):
 
     def replace(self, **fields)->'Tokens':
         "The same tokens with some fields changed"
-        return self._replace(**fields)
+        # not _replace, which torch 2.11 cannot compile
+        return Tokens(*[fields.get(n, v) for n, v in zip(Tokens._fields, self)])
 
     @property
     def lengths(self)->Tensor:  # (B,) int64

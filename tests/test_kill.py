@@ -126,6 +126,7 @@ def test_a_run_that_fails_does_not_stop_the_others(home):
     assert result_path(home/'broken', 'svd_p90', 1).exists()
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_script_without_main_guard(home):
     (home/'mine.py').write_text('from sigma_tokenizer.repro.runs import reproduce\n'
                                 'reproduce("tiny.toml", device="cpu", out="mine", jobs=2)\n')

@@ -74,7 +74,7 @@ def test_torchs_default_dtype(i, dtype):
         assert made.pos_embed.dtype == dtype
         if 'pos_embed' not in made.state_dict(): assert torch.equal(made.pos_embed, m.pos_embed.to(dtype))
         made.load_state_dict(m.state_dict())
-        assert torch.equal(made(x.to(dtype)), copy.deepcopy(m).to(dtype)(x.to(dtype)))
+        torch.testing.assert_close(made(x.to(dtype)), copy.deepcopy(m).to(dtype)(x.to(dtype)))
 
 def test_torchs_default_dtype_and_data():
     def made():
