@@ -33,7 +33,9 @@ from .vit import VisionTransformer
 # %% ../nbs/10_models.ipynb #b8feb810
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer,
                    svd=SVDTokenizer, msvd=MSVDTokenizer, vit_cnn=CNNTokenizer)
-_scored = ('msvd_gated', 'vit_conv_gated', 'vit_cnn_gated')  # the same, with a scorer
+_effects = dict(gated='multiply', weighted='attention')  # how a scorer's scores enter
+_scored = {f'{name}_{way}': effect for way, effect in _effects.items()
+           for name in ('msvd', 'vit_conv', 'vit_cnn')}
 _reductions = {None: lambda dim: None, 'rest': RestToken,
                'layer_rest': lambda dim: RestToken(dim, 128),
                'merge': lambda dim: MergeDropped(), 'pool': lambda dim: GridPool()}
@@ -53,7 +55,7 @@ def tokenizer_class(
     "The class of that model's tokenizer"
     if name not in list_models():
         raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
-    return _tokenizers[name.removesuffix('_gated')]
+    return _tokenizers[name.rsplit('_', name in _scored)[0]]
 
 def has_scores(
     name:str  # one of list_models()
@@ -118,9 +120,10 @@ class SigmaModel(
                                     patch_size=patch_size, in_chans=in_chans)
         if isinstance(keep, dict):  # of config.json
             keep = (TopK if 'k' in keep else TopP)(**keep)
+        scorer = Scorer(embed_dim, effect=_scored[name]) if has_scores(name) else None
         super().__init__(tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
                          'learned' if name == 'vit' else 'sinusoidal',
-                         Scorer(embed_dim) if has_scores(name) else None,
+                         scorer,
                          _reductions[reduction](embed_dim), keep)
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; '

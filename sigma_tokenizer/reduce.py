@@ -31,7 +31,7 @@ class RestToken(nn.Module):
     def forward(self,
         t:Tokens,  # with scores, unless keep is None
         keep:TopK|TopP|None  # the budget
-    )->Tokens:  # rest token at position -1, score 0; padding if nothing is dropped
+    )->Tokens:  # rest token at position -1, its score the sum of theirs; may be padding
         if keep is None: return t
         kept = keep_mask(t, keep); dropped = t.mask & ~kept
         short, n = gather_kept(t, kept, keep.most(t)), dropped.sum(1, keepdim=True)
@@ -40,12 +40,12 @@ class RestToken(nn.Module):
         # every image drops some: a GPU need not be waited for
         known = isinstance(keep, TopK) and not t.padded
         if not (exporting or known or n.any()): return short
-        weights = t.scores*dropped
-        weights = weights/weights.sum(1, keepdim=True).clamp(min=1e-6)
+        weights = t.scores*dropped; total = weights.sum(1, keepdim=True)
+        weights = weights/total.clamp(min=1e-6)
         rest = self.write(weights[:, None].to(t.x.dtype) @ self.read(t.x))
         padded = exporting or short.padded or not (known or bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),
-                      F.pad(short.scores, (1, 0)),
+                      torch.cat([total, short.scores], 1),
                       F.pad(short.position, (1, 0), value=-1), padded)
 
 # %% ../nbs/04_reduce.ipynb #eeb1c53e
@@ -66,7 +66,9 @@ class MergeDropped(nn.Module):
         places = torch.arange(short.x.shape[1], device=own.device)
         weight = torch.where(kept, own, to)[..., None] == places
         weight = (weight & t.mask[..., None]).to(t.x.dtype)
-        return short.replace(x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1))
+        scores = (t.scores[:, None] @ weight.to(t.scores.dtype))[:, 0]
+        return short.replace(x=weight.mT @ t.x/weight.sum(1)[..., None].clamp(min=1),
+                             scores=scores)
 
 # %% ../nbs/04_reduce.ipynb #b0cce3ff
 class GridPool(nn.Module):

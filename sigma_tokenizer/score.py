@@ -18,12 +18,13 @@ class Scorer(nn.Module):
     def __init__(self,
         embed_dim:int,  # width D of a token
         hidden:int=128,  # hidden width
-        effect:str='multiply'  # of a score on its token: 'multiply', or 'select' for none
+        effect:str='multiply'  # of a score: 'multiply', 'attention', or 'select' for none
     ):
         super().__init__()
         check_int('hidden', hidden)
-        if effect not in ('multiply', 'select'):
-            raise ValueError(f"effect: got {effect!r}; accepted: 'multiply', 'select'")
+        if effect not in ('multiply', 'attention', 'select'):
+            raise ValueError(f"effect: got {effect!r}; "
+                             "accepted: 'multiply', 'attention', 'select'")
         self.effect = effect
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.LayerNorm(hidden),
                                  nn.LeakyReLU(), nn.Linear(hidden, 1))
@@ -35,6 +36,7 @@ class Scorer(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.sigmoid().masked_fill(~t.mask, 0)
         if self.effect == 'multiply': factor = scores
-        elif self.training: factor = 1 + (scores - scores.detach())
+        elif self.effect == 'select' and self.training: 
+            factor = 1 + (scores - scores.detach())
         else: return t.replace(scores=scores)
         return t.replace(x=t.x*factor[..., None].to(t.x.dtype), scores=scores)
