@@ -81,7 +81,8 @@ def bench_models(
     for name, m in models.items():
         x = imagenet_normalize(images) if getattr(m, 'normalize', False) else images
         ours = hasattr(m.eval(), 'reduce')
-        drops = ours and (m.scorer or getattr(m, 'reduction', None))
+        drops = ours and (m.embed(x[:1]).scores is not None or
+                          getattr(m, 'reduction', None))
         for keep in budgets if drops else (None,):
             call = calls[len(rows)] = partial(m, x, keep) if drops else partial(m, x)
             rows.append(dict(model=name, **_sequence(m, x, keep), gflop=gflop(call, B),

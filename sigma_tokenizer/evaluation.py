@@ -40,7 +40,7 @@ def evaluate(
         seen = dict(labels=y, preds=preds, confidence=confidence.half(),
                     lengths=lengths)
         for name, value in seen.items(): found[name].append(value.cpu())
-        if tokens.scores is not None: scores.append(tokens.scores.cpu())
+        if not (tokens.scores is None or tokens.padded): scores.append(tokens.scores.cpu())
     found = {name: torch.cat(parts, -1).numpy() for name, parts in found.items()}
     return found, torch.cat(scores).numpy() if scores else None
 

@@ -61,15 +61,16 @@ def has_scores(
     name:str  # one of list_models()
 )->bool:
     "Does that model score its tokens, so that any budget works?"
-    return name in _scored
+    return name in _scored or getattr(tokenizer_class(name), 'scored', False)
 
 # %% ../nbs/10_models.ipynb #e4ff15da
 def _check_reduction(name, reduction, keep):
-    pool = '' if tokenizer_class(name).square else " or 'pool'"  # for a grid of patches
-    pooled, none = pool and reduction == 'pool', not (reduction or keep)
-    if reduction in _reductions and (has_scores(name) or pooled or none): return
-    accepted = f'None{pool}, as the tokens of {name} have no scores'
-    if has_scores(name): accepted = ', '.join(map(str, _reductions))
+    scored, grid = has_scores(name), not tokenizer_class(name).square
+    ways = [way for way in _reductions
+            if way is None or (grid if way == 'pool' else scored)]
+    if reduction in ways and (scored or reduction or not keep): return
+    accepted = ', '.join(map(str, ways))
+    if not scored: accepted += f', as the tokens of {name} have no scores'
     raise ValueError(f'reduction, keep: got {reduction!r}, {keep!r}; '
                      f'accepted: {accepted}')
 
@@ -120,7 +121,7 @@ class SigmaModel(
                                     patch_size=patch_size, in_chans=in_chans)
         if isinstance(keep, dict):  # of config.json
             keep = (TopK if 'k' in keep else TopP)(**keep)
-        scorer = Scorer(embed_dim, effect=_scored[name]) if has_scores(name) else None
+        scorer = Scorer(embed_dim, effect=_scored[name]) if name in _scored else None
         super().__init__(tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
                          'learned' if name == 'vit' else 'sinusoidal',
                          scorer,
