@@ -221,7 +221,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #2a4f4aac
+# %% ../nbs/07_svd.ipynb #7659e136
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
@@ -262,7 +262,7 @@ class SVDTokenizer(nn.Module):
             k = energy_rank(S, self.energy, self.criterion)
         else: U, S, V, k = kept_triplets(x, self.energy, self.criterion)
         U, S, V = (part[..., :self.n_tokens] for part in (U, S, V))
-        position = torch.arange(S.shape[-1], device=x.device).expand(len(x), -1)
+        position = torch.arange(S.shape[-1], device=x.device).expand(x.shape[0], -1)
         real = position < k[:, None]
         energy = S.square().sum(1)*real
         scores = energy/energy.sum(1, keepdim=True).clamp(min=1e-30)

@@ -26,7 +26,7 @@ variants = [*((name, {}) for name in list_models()), *reductions,
             ('msvd', dict(reduction='pool')), ('vit_conv', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
             ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')),
             ('fft', dict(cut='patches', energy=.95)), ('fft', dict(cut='radial_bins', filter_size=16)),
-            ('svd', dict(energy=.99, criterion='linear')),
+            ('svd', dict(energy=.99, criterion='linear', read='linear')), ('svd', dict(energy=1., rank=5, reduction='rest')),
             # padded tokens with scores, which `create_model` does not make
             *((name, dict(reduction=r)) for name in ('scored fft', 'scored svd')
               for r in (None, 'rest', 'layer_rest', 'merge'))]
@@ -40,7 +40,7 @@ def make(name, **kw):
 
 def some_budgets(m):
     "Budgets that a model takes"
-    if m.scorer is not None: return None, TopK(3), TopP(.3)
+    if m.scorer is not None or getattr(m.tokenizer, 'scored', False): return None, TopK(3), TopP(.3)
     return (None, TopK(4)) if isinstance(m.reduction, GridPool) else (None,)
 
 @lru_cache(None)
@@ -49,7 +49,7 @@ def model(i, dtype=torch.float32):
     torch.manual_seed(i); m = make(variants[i][0], **variants[i][1]); tok = m.tokenizer
     with torch.no_grad():
         for part in m.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 part.running_mean.normal_(0, .1); part.running_var.uniform_(.2, 2.)
                 part.weight.uniform_(.5, 1.5); part.bias.normal_(0, .1)
         if m.scorer is not None: m.scorer.mlp[-1].weight.mul_(8)

@@ -133,10 +133,6 @@ def test_a_script_without_main_guard(home):
     done = subprocess.run([sys.executable, 'mine.py'], cwd=home, capture_output=True, text=True, timeout=120)
     assert done.returncode and 'under if __name__ == "__main__"' in done.stderr and 'in use by' not in done.stderr
 
-def test_check_leaves_nothing(home):
-    _, printed = quietly(home, 'check', check=True)
-    assert 'all runs work here' in printed and not (home/'check').exists()
-
 def test_holdout_and_weights(home):
     quietly(home, 'held', holdout=.2, weights=True, methods=['svd'], epochs=1)
     [r] = load_results(home/'held')

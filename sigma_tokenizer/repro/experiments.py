@@ -27,7 +27,7 @@ def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
     text = (files('sigma_tokenizer.repro')/'experiments.toml').read_text('utf-8')
     experiments = tomllib.loads(text)
     for e in experiments.values():
-        more = [{b: v} for b in ('k', 'mean_length') for v in e.pop(b, [])]
+        more = [{b: v} for b in ('k', 'mean_length', 'rank') for v in e.pop(b, [])]
         e.setdefault('rows', [{}, *more])
     return experiments
 
@@ -35,6 +35,8 @@ def load_experiments()->dict[str, dict]:  # run -> model, title, args, ..., rows
 def _budget(e, row, n):
     "A row's budget, the words for it in the row's name, and what the model gets"
     args, keep = e.get('args', {}), None
+    if rank := row.get('rank', args.get('rank')):
+        return (f'{rank} triplets',)*2 + (TopK(rank) if 'rank' in row else None,)
     if 'k' in row or 'filter_size' in args:
         if 'k' in row: keep = TopK(k := max(min(1, row['k']), round(row['k']*n/256)))
         else: k = round(n*(args['filter_size']/256)**2)

@@ -12,7 +12,6 @@ import hashlib, json, math, multiprocessing as mp, os, random, shutil, subproces
 import time, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
 from importlib.resources import files
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 from ..tokens import check_int
 from ..stem import ConvStem
 from ..models import create_model
-from ..data import ImageData, Split, image_loaders
+from ..data import ImageData, image_loaders
 from ..training import *
 from ..checkpoint import train
 from ..evaluation import calibrate, evaluate
@@ -235,7 +234,6 @@ def reproduce(
     out:str=None,  # results' folder (default: runs/PRESET, or runs/PRESET_EPOCHS)
     jobs:int=1,  # trainings side by side, each with its own log and copy of the images
     minutes:float=None,  # stop in time; the next call goes on (default: no limit)
-    check:bool=False,  # train two steps of every run at full size, and keep nothing
     weights:bool=False  # keep each trained model beside its result
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
@@ -259,7 +257,6 @@ def reproduce(
           f'{len(dataset.test)} of the {dataset.evaluated} split, '
           f'{len(dataset.classes)} classes; {len(dataset.left_out)} files left out, '
           f'{len(dataset.in_both)} images in both splits')
-    if check: return _check_runs(todo, configs, dataset, device)
     work = [dict(run=run, seed=seed, config=configs[run], data=data,
                  fingerprint=dataset.fingerprint, holdout=holdout, device=device,
                  out=str(out), deadline=deadline, weights=weights)
@@ -275,20 +272,6 @@ def reproduce(
                            'wait for it, or name another') from None
 
 # %% ../../nbs/24_runs.ipynb #0fb5a72a
-def _check_runs(todo, configs, data, device):
-    "Train two steps of two images of every run, evaluate two, and forget them"
-    few = lambda split, n: Split(split.images[:n], split.labels[:n])
-    data = replace(data, train=few(data.train, 4), test=few(data.test, 2))
-    for run in dict.fromkeys(run for run, _ in todo):
-        start, train = time.perf_counter(), configs[run]['train']
-        config = configs[run] | {'train': train | dict(epochs=1, batch_size=2)}
-        result, _ = run_once(run, config, todo[0][1], data, device)
-        print(f'{run}: two steps {result["epochs"][0]["seconds"]} s, '
-              f'{len(result["rows"])} rows, {time.perf_counter() - start:.0f} s',
-              flush=True)
-    print('\nall runs work here')
-    return result_table([])
-
 def _check_same(result, config, data, out):
     "Refuse a result of other data, settings or rows"
     keys = ('evaluated', 'fingerprint', 'train', 'test')
