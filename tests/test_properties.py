@@ -55,7 +55,7 @@ def test_one_image_that_is_not_finite(i, value):
     m, x = model(i), batch([('crop', 0), ('crop', 1), ('noise', 0)]); bad = x.clone(); bad[1, 0, 3, 5] = value
     for keep in some_budgets(m):
         got, want = m(bad, keep=keep), m(x, keep=keep)
-        assert got[1].isnan().all() and gap(got[[0, 2]], want[[0, 2]]) < 1e-6
+        assert got[1].isnan().all() and gap(got[[0, 2]], want[[0, 2]]) < 2e-6
 
 @contextmanager
 def default_dtype(dtype):
@@ -70,7 +70,7 @@ def test_torchs_default_dtype(i, dtype):
     m, x = model(i), batch([('crop', 0), ('crop', 1), ('noise', 0)]); plain = [m(x, keep=k) for k in some_budgets(m)]
     with default_dtype(dtype):
         assert all(torch.equal(m(x, keep=k), want) for k, want in zip(some_budgets(m), plain))
-        made = make(variants[i][0], **variants[i][1]).eval()
+        made = make(variants[i][0], **variants[i][1]).eval().requires_grad_(False)
         assert made.pos_embed.dtype == dtype
         if 'pos_embed' not in made.state_dict(): assert torch.equal(made.pos_embed, m.pos_embed.to(dtype))
         made.load_state_dict(m.state_dict())

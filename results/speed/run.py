@@ -71,7 +71,8 @@ def make_models(size, images, only=''):
     methods = {**{name: {} for name in ('vit', 'vit_conv', 'msvd', 'msvd_gated')},
                **{f'fft s={s}': dict(filter_size=s) for s in (side//4, side//2, side)},
                'fft p=0.95': dict(energy=.95),
-               **{f'svd p={p:.2f} {c}': dict(energy=p, criterion=c) for c, p in shares},
+               **{f'svd p={p:.2f} {c}': dict(energy=p, criterion=c, read='linear') for c, p in shares},
+               **{f'svd conv p={p:.2f} {c}': dict(energy=p, criterion=c) for c, p in shares if c == 'squared'},
                **{f'{m}_gated, rest token': dict(reduction='rest') for m in ('msvd', 'vit_conv')}}
     models = {name: create_model(re.match(r'\w+', name)[0], **size, **kw).eval().to(images.device)
               for name, kw in methods.items() if name.startswith(only)}
@@ -144,14 +145,14 @@ def plain_svd_tokens(tokenizer, x):
         U, S, Vh = torch.linalg.svd(image)
         held = (S**(2 if tokenizer.criterion == 'squared' else 1)).sum(0).cumsum(0)
         k = int((held < tokenizer.energy*held[-1]).sum()) + 1
-        pairs = torch.cat([U[..., :k], Vh.mT[..., :k]], 1)*S[:, None, :k].sqrt()
-        sequences.append(tokenizer.proj(pairs.flatten(0, 1).T))
+        root = S[:, None, :k].sqrt()
+        sequences.append(tokenizer.vectors(*((h[..., :k]*root).movedim(-1, 0) for h in (U, Vh.mT))))
     return nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(s) for s in sequences]
 
 def time_svd(images, embed_dim, repeats):
     x, calls = imagenet_normalize(images), {}
     for c, p in shares:
-        tokenizer = SVDTokenizer(x.shape[-1], embed_dim, p, c).to(x.device)
+        tokenizer = SVDTokenizer(x.shape[-1], embed_dim, p, c, read='linear').to(x.device)
         calls[c, p, 'ours'] = lambda t=tokenizer: t(x)
         calls[c, p, 'loop'] = lambda t=tokenizer: plain_svd_tokens(t, x)
     ms = in_turns(calls, repeats)
