@@ -15,16 +15,6 @@ from torch.export import Dim
 from .models import SigmaModel
 from .data import atomic_write
 
-# %% ../nbs/17_export.ipynb #17b149a4
-def _stable_sort(x, stable=None, dim=-1, descending=False):
-    "aten.sort.stable in ONNX"
-    from onnxscript import opset18 as op
-    small = x.dtype.name in ('BOOL', 'UINT8')  # of which onnxruntime sorts none
-    n = op.Gather(op.Shape(x), [dim % len(x.shape)])
-    values, at = op.TopK(op.Cast(x, to=6) if small else x, n,
-                         axis=dim, largest=int(descending), sorted=1)
-    return op.CastLike(values, x), at
-
 # %% ../nbs/17_export.ipynb #60f44f2b
 def export_onnx(
     model:SigmaModel,  # or what budgeted returns; its keep becomes part of the graph
@@ -44,8 +34,7 @@ def export_onnx(
     images = torch.rand(3, chans, *shape, generator=seeded).to(next(model.parameters()))
     program = torch.onnx.export(
         model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},),
-        verbose=False, input_names=['images'], output_names=['logits'],
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort})
+        verbose=False, input_names=['images'], output_names=['logits'])
     props = {k: json.dumps(v) for k, v in model.config.items()}
     program.model.metadata_props.update(props)
     with atomic_write(path) as new, torch.no_grad():

@@ -22,8 +22,11 @@ def _ranked(scores, mask):
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # a token that is not a number comes first: its image has no answer but NaN
     steps = (exact.nan_to_num(1)*2**16).round().long().clamp(min=1)
-    steps = steps.masked_fill(~mask, 0)
-    return steps.sort(dim=1, descending=True, stable=True)
+    steps = steps.masked_fill(~mask, 0); n = steps.shape[1]
+    # no two are equal, so that any sort puts the first of equal scores first
+    distinct = n*steps - torch.arange(n, device=steps.device)
+    order = distinct.argsort(dim=1, descending=True)
+    return steps.gather(1, order), order
 
 def _keep_first(order, n, mask):
     "Mark the first `n` of each row of `order`, as far as they are real"

@@ -169,7 +169,7 @@ def kept_triplets(
         x = torch.where(finite[:, None, None, None], x, 0)
         M = x.shape[-1]
         rounds = _rounds[x.device.type == 'cuda']
-        if criterion == 'linear' or M < 8: rounds = ()
+        if criterion == 'linear' or p == 1 or M < 8: rounds = ()  # all triplets, or most
         for part, plan in rounds:
             Q, wider = start_basis(M, M//part, x.device), []
             for steps in plan:
@@ -221,7 +221,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #7659e136
+# %% ../nbs/07_svd.ipynb #644c4f4d
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
