@@ -484,5 +484,4 @@ d = { 'settings': { 'branch': 'main',
                                      'sigma_tokenizer.vit._attend_with_bias': ('vit.html#_attend_with_bias', 'sigma_tokenizer/vit.py'),
                                      'sigma_tokenizer.vit._fill_positions': ('vit.html#_fill_positions', 'sigma_tokenizer/vit.py'),
                                      'sigma_tokenizer.vit.attend': ('vit.html#attend', 'sigma_tokenizer/vit.py'),
-                                     'sigma_tokenizer.vit.real_keys': ('vit.html#real_keys', 'sigma_tokenizer/vit.py'),
                                      'sigma_tokenizer.vit.resize_positions': ('vit.html#resize_positions', 'sigma_tokenizer/vit.py')}}}

@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
     "The tokens of a batch of images, without the class token"
     x:Tensor  # (B, N, D) token vectors
     mask:Tensor  # (B, N) bool, True for a real token, False for padding
-    scores:Tensor|None  # (B, N) in [0, 1], 0 at padding; None without a scorer
+    scores:Tensor|None  # (B, N), 0 at padding, else in [0, 1] or a sum of such; None: none
     position:Tensor  # (B, N) int64 in the full sequence; -1: it sums up several
     padded:bool=True  # False promises that mask is all True
     grid:tuple[int, int]|None=None  # rows and columns, if the tokens fill an image row by row
@@ -60,7 +60,7 @@ def scatter_tokens(
     return Tokens(put(t.x), put(t.mask), None if t.scores is None else put(t.scores),
                   torch.arange(n, device=at.device).expand(len(at), n))
 
-# %% ../nbs/01_tokens.ipynb #29913016
+# %% ../nbs/01_tokens.ipynb #a250412c
 def pad_tokens(
     x:Tensor,  # (T, D), the real tokens of a batch
     mask:Tensor  # (B, N) bool, where they belong
