@@ -153,8 +153,6 @@ def forward(self:Budgeted,
 )->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
     "Logits; several budgets share the first blocks"
     several = isinstance(keep, (list, tuple))
-    if several and not keep:
-        raise ValueError('keep: got an empty list; accepted: at least one budget')
     passes, t = self._passes(x, keep if several else [keep])
     logits = [self._pooled(y, short, t) for y, short in passes]
     return torch.stack(logits) if several else logits[0]

@@ -104,11 +104,6 @@ def before_epoch(self:Checkpoint):
         self.saved = None
 
 @patch
-def after_train(self:Checkpoint):
-    "Take the time of the epoch"
-    self.seconds = round(time.perf_counter() - self.start, 2)
-
-@patch
 def after_epoch(self:Checkpoint):
     "Check the weights, log the epoch, and save if that is due"
     if self.epoch < len(self.log): return
@@ -117,11 +112,12 @@ def after_epoch(self:Checkpoint):
         raise FloatingPointError(f'weights: NaN or infinite in epoch {self.epoch + 1}, '
                                  f'in {", ".join(broken[:5])}')
     loss, acc, *_ = self.recorder.values[-1]
+    seconds = round(time.perf_counter() - self.start, 2)
     self.log.append(dict(epoch=self.epoch, train_loss=loss, train_accuracy=acc,
-                         seconds=self.seconds))
+                         seconds=seconds))
     if not hasattr(self.learn, 'progress'):
         print(f'epoch {self.epoch + 1} of {self.n_epoch}: loss {loss:.4f}, '
-              f'accuracy {acc:.3f}, {self.seconds:.1f} s', flush=True)
+              f'accuracy {acc:.3f}, {seconds:.1f} s', flush=True)
     self.unsaved, last = bool(self.path), self.epoch == self.n_epoch - 1
     if self.unsaved and (time.monotonic() >= self.next_save or last): self.save()
 

@@ -35,8 +35,8 @@ def export_onnx(
     program = torch.onnx.export(
         model, (images[:2],), dynamo=True, dynamic_shapes=({0: Dim('batch', min=1)},),
         verbose=False, input_names=['images'], output_names=['logits'])
-    props = {k: json.dumps(v) for k, v in model.config.items()}
-    program.model.metadata_props.update(props)
+    about = {k: json.dumps(v) for k, v in model.config.items()}
+    program.model.metadata_props.update(about)
     with atomic_write(path) as new, torch.no_grad():
         program.save(new)
         run = onnxruntime.InferenceSession(new, providers=['CPUExecutionProvider']).run

@@ -11,7 +11,7 @@ __all__ = ['RestToken', 'MergeDropped', 'GridPool']
 import math, torch, torch.nn.functional as F
 from torch import nn
 from .tokens import Tokens, check_int
-from .select import TopK, TopP, check_keep, gather_kept, keep_mask
+from .select import TopK, TopP, check_keep, gather_kept, keep_mask, select
 
 # %% ../nbs/04_reduce.ipynb #16339099
 class RestToken(nn.Module):
@@ -56,10 +56,7 @@ class MergeDropped(nn.Module):
         keep:TopK|TopP|None  # the budget
     )->Tokens:  # as many as the budget keeps
         if keep is None: return t
-        if keep == TopK(0):
-            raise ValueError(f'keep: got {keep}; '
-                             'accepted: k >= 1, as dropped tokens need one to join')
-        short = gather_kept(t, kept := keep_mask(t, keep), keep.most(t))
+        short, kept = select(t, keep), keep_mask(t, keep)
         similarity = F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT
         to = similarity.masked_fill(~short.mask[:, None], -math.inf).argmax(-1)
         own = (kept.cumsum(1) - 1).clamp(min=0)  # a kept token's place among the kept

@@ -126,20 +126,18 @@ class RandomBudget(Callback):
         n = _unwrapped(self.model).n_tokens
         self.learn.xb = (*self.xb, self.schedule.draw(n))
 
-class SelfDistillation(Callback):
+class SelfDistillation(RandomBudget):
     "Train each batch at full length and, from the same tokens, at a budget drawn anew"
-    order = 90  # after what changes the images, such as fastai's MixUp
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule(full=0.),
         weight:float=1.  # w, 0 to 1: share of the full pass's answer, not the label
     ):
         check_number('weight', weight, '0 <= weight <= 1', lambda w: 0 <= w <= 1)
-        self.schedule, self.weight = schedule, weight
+        super().__init__(schedule); self.weight = weight
 
     def before_batch(self):
-        if not self.training: return
-        n = _unwrapped(self.model).n_tokens
-        self.learn.xb = (*self.xb, [None, self.schedule.draw(n)])
+        super().before_batch()
+        if self.training: self.learn.xb = (*self.xb[:-1], [None, self.xb[-1]])
 
     def after_pred(self):
         if self.training: self.learn.pred, self.short = self.pred

@@ -18,9 +18,9 @@ from .select import TopK, TopP, check_keep, resolve_keep, select
 # %% ../nbs/09_vit.ipynb #d805563c
 def _attend_with_bias(q, k, v, attn_mask):
     "The same, with the bias (B, 1, 1, N) as a coordinate of keys: fused with its gradient"
-    (*shape, d), bias = k.shape, attn_mask.clamp(min=-1e4)*k.shape[-1]**.5
-    k = torch.cat([k, bias.mT.to(k.dtype).expand(*shape, 1)], -1)
-    q, k, v = F.pad(q, (0, 1), value=1.), k, F.pad(v, (0, 1))
+    d, bias = k.shape[-1], attn_mask.clamp(min=-1e4).mT.to(k.dtype)
+    k = torch.cat([k, d**.5*bias.expand(*k.shape[:3], 1)], -1)
+    q, v = F.pad(q, (0, 1), value=1.), F.pad(v, (0, 1))
     wide = (F.pad(h, (0, 7)) for h in (q, k, v))  # kernels want multiples of 8
     return F.scaled_dot_product_attention(*wide, scale=d**-.5)[..., :d]
 
@@ -237,8 +237,6 @@ def forward_features(self:VisionTransformer,
 )->Tensor:  # (B, D); (n, B, D) for a list of n budgets
     "The class token's output"
     several = isinstance(keep, (list, tuple))
-    if several and not keep:
-        raise ValueError('keep: got an empty list; accepted: at least one budget')
     budgets = [resolve_keep(k, self.keep) for k in (keep if several else [keep])]
     t = self.embed(x)
     features = [self.encode(self.reduce(t, k)) for k in budgets]
