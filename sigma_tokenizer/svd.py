@@ -163,10 +163,11 @@ def kept_triplets(
     with torch.autocast(x.device.type, enabled=False):
         x, parts = _at_least_float32(x), []
         todo = torch.arange(len(x), device=x.device)
-        total = x.square().sum((2, 3)).double().sum(1)
+        total = torch.linalg.vector_norm(x, dim=(2, 3)).double().square().sum(1)
         # an image that is not finite has NaN as its triplet; the others are left alone
-        finite = total.isfinite(); total = torch.where(finite, total, 0)
-        x = torch.where(finite[:, None, None, None], x, 0)
+        if not (finite := total.isfinite()).all():
+            total, x = (torch.where(finite.view(-1, *[1]*(h.ndim - 1)), h, 0)
+                        for h in (total, x))
         M = x.shape[-1]
         rounds = _rounds[x.device.type == 'cuda']
         if criterion == 'linear' or p == 1 or M < 8: rounds = ()  # all triplets, or most
@@ -221,7 +222,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #644c4f4d
+# %% ../nbs/07_svd.ipynb #77b1e226
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
