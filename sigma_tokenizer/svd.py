@@ -222,7 +222,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #77b1e226
+# %% ../nbs/07_svd.ipynb #c6dfb214
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
@@ -236,13 +236,14 @@ class SVDTokenizer(nn.Module):
         rank:int|None=None  # the most triplets of an image; None: all M
     ):
         super().__init__()
-        sizes = dict(image_size=image_size, embed_dim=embed_dim, in_chans=in_chans)
-        for name, n in (sizes | dict(rank=rank or image_size)).items(): check_int(name, n)
+        if rank is None: rank = image_size
+        sizes = dict(image_size=image_size, embed_dim=embed_dim, in_chans=in_chans, rank=rank)
+        for name, n in sizes.items(): check_int(name, n)
         _check(energy, criterion, 'energy')
         if read not in ('conv', 'linear'):
             raise ValueError(f"read: got {read!r}; accepted: 'conv', 'linear'")
         self.embed_dim, self.image_size, self.in_chans = embed_dim, image_size, in_chans
-        self.n_tokens = min(rank or image_size, image_size)
+        self.n_tokens = min(rank, image_size)
         self.energy, self.criterion = energy, criterion
         conv = read == 'conv'
         self.u, self.v = (vector_layers(in_chans) if conv else nn.Identity() for _ in 'uv')
