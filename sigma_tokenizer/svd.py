@@ -170,7 +170,7 @@ def kept_triplets(
                         for h in (total, x))
         M = x.shape[-1]
         rounds = _rounds[x.device.type == 'cuda']
-        if criterion == 'linear' or p == 1 or M < 8: rounds = ()  # all triplets, or most
+        if criterion == 'linear' or p == 1 or M < 8: rounds = ()
         for part, plan in rounds:
             Q, wider = start_basis(M, M//part, x.device), []
             for steps in plan:
@@ -222,7 +222,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #c6dfb214
+# %% ../nbs/07_svd.ipynb #dfccafc8
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
@@ -237,8 +237,8 @@ class SVDTokenizer(nn.Module):
     ):
         super().__init__()
         if rank is None: rank = image_size
-        sizes = dict(image_size=image_size, embed_dim=embed_dim, in_chans=in_chans, rank=rank)
-        for name, n in sizes.items(): check_int(name, n)
+        for name, n in dict(image_size=image_size, embed_dim=embed_dim,
+                            in_chans=in_chans, rank=rank).items(): check_int(name, n)
         _check(energy, criterion, 'energy')
         if read not in ('conv', 'linear'):
             raise ValueError(f"read: got {read!r}; accepted: 'conv', 'linear'")
@@ -246,7 +246,8 @@ class SVDTokenizer(nn.Module):
         self.n_tokens = min(rank, image_size)
         self.energy, self.criterion = energy, criterion
         conv = read == 'conv'
-        self.u, self.v = (vector_layers(in_chans) if conv else nn.Identity() for _ in 'uv')
+        layers = partial(vector_layers, in_chans) if conv else nn.Identity
+        self.u, self.v = layers(), layers()
         width = 64*math.ceil(image_size/8) if conv else in_chans*image_size
         self.proj = nn.Linear(2*width, embed_dim)
 
@@ -269,7 +270,8 @@ class SVDTokenizer(nn.Module):
         energy = S.square().sum(1)*real
         scores = energy/energy.sum(1, keepdim=True).clamp(min=1e-30)
         # (B, N, C, M), each vector of length sqrt(sigma)
-        U, V = ((part*S[..., None, :].sqrt()).movedim(-1, 1).to(x.dtype) for part in (U, V))
-        if exporting: y = self.vectors(U.flatten(0, 1), V.flatten(0, 1)).unflatten(0, real.shape)
-        else: y = pad_tokens(self.vectors(U[real], V[real]), real)
+        root = S[..., None, :].sqrt()
+        U, V = ((part*root).movedim(-1, 1).to(x.dtype) for part in (U, V))
+        y = self.vectors(*(h.flatten(0, 1) if exporting else h[real] for h in (U, V)))
+        y = y.unflatten(0, real.shape) if exporting else pad_tokens(y, real)
         return Tokens(y*real[..., None], real, scores, position)

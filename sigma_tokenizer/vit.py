@@ -17,7 +17,7 @@ from .select import TopK, TopP, check_keep, resolve_keep, select
 
 # %% ../nbs/09_vit.ipynb #d805563c
 def _attend_with_bias(q, k, v, attn_mask):
-    "The same, with the bias (B, 1, 1, N) as a coordinate of keys: fused with its gradient"
+    "The same, with the bias as a coordinate of the keys: fused with its gradient"
     d, bias = k.shape[-1], attn_mask.clamp(min=-1e4).mT.to(k.dtype)
     k = torch.cat([k, d**.5*bias.expand(*k.shape[:3], 1)], -1)
     q, v = F.pad(q, (0, 1), value=1.), F.pad(v, (0, 1))
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         cls_only:bool=False  # only what the first token gets
     )->Tensor:  # as x; (B, 1, D) with cls_only
         q, kv, packed = self.q(x[:, :1] if cls_only else x), self.kv(x), x.ndim == 2
-        if packed: real = mask > -torch.inf; q, kv = pad_tokens(q, real), pad_tokens(kv, real)
+        if packed: q, kv = (pad_tokens(h, real := mask > -torch.inf) for h in (q, kv))
         q = q.unflatten(-1, (self.num_heads, -1))
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         keys = None if mask is None else mask[:, None, None].to(q.dtype)

@@ -131,10 +131,6 @@ def _decode_split(pool, root, folder, found, classes, side, bits, out):
                 digest=digest.hexdigest())
 
 # %% ../../nbs/21_folders.ipynb #e25bf526
-def _check_classes(path, classes, others):
-    if one := {*classes} ^ {*others}:
-        raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
-
 def _warn(what, pairs):
     lines = [f'  {a}: {b}' for a, b in pairs[:10]] + ['  ...']*(len(pairs) > 10)
     if pairs: warnings.warn('\n'.join([f'{len(pairs)} {what}:', *lines]), stacklevel=3)
@@ -149,7 +145,8 @@ def folder_data(
     path = Path(path).expanduser()
     dirs = _find_splits(path)
     classes, others = map(_classes, dirs)
-    _check_classes(path, classes, others)
+    if one := {*classes} ^ {*others}:
+        raise ValueError(f'data: {path} has {", ".join(sorted(one))} in one split only')
     # 320 in training for an input of 256
     found = {d: _find_files(d, classes) for d in dirs}
     splits, facts = _cached(path, found, classes, (image_size*5//4, image_size))
