@@ -34,10 +34,11 @@ def attend(
     learned = mask is not None and mask.requires_grad
     kernel = _attend_with_bias if learned else F.scaled_dot_product_attention
     training = torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
-    if q.device.type != 'cpu' or not training: return kernel(q, k, v, attn_mask=mask)
+    if q.device.type != 'cpu' or not training:
+        return kernel(q, k, v, None if mask is None else mask.to(q.dtype))
     # on a CPU the backward pass is four times as fast in float32 as in bfloat16
     with torch.autocast('cpu', enabled=False):
-        return kernel(*(h.float() for h in (q, k, v)), attn_mask=mask).to(q.dtype)
+        return kernel(*(h if h is None else h.float() for h in (q, k, v, mask))).to(q.dtype)
 
 # %% ../nbs/09_vit.ipynb #e9f2df63
 class Attention(nn.Module):
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         if packed: q, kv = (pad_tokens(h, real := mask > -torch.inf) for h in (q, kv))
         q = q.unflatten(-1, (self.num_heads, -1))
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        keys = None if mask is None else mask[:, None, None].to(q.dtype)
+        keys = None if mask is None else mask[:, None, None]
         x = attend(*(h.transpose(1, 2) for h in (q, k, v)), mask=keys)
         x = x.transpose(1, 2).flatten(2)
         return self.proj(x[real] if packed else x)
