@@ -106,7 +106,10 @@ def make(kind, model='msvd_weighted', effect=None, both=False, temperature=1., o
     if effect: m.scorer.effect = effect
     if only is not None:
         run, chosen = m.run_block, [m.blocks[i] for i in only]
-        m.run_block = lambda b, x, mask, last=False: run(b, x, mask if any(b is c for c in chosen) else None, last)
+        def run_block(block, x, mask, cls_only=False):
+            if any(block is c for c in chosen): return run(block, x, mask, cls_only)
+            return run(block, x, torch.where(mask > -torch.inf, 0., -torch.inf), cls_only)
+        m.run_block = run_block
     return m
 
 def main(kind, name, data, epochs, seed):
