@@ -131,11 +131,6 @@ def random_resized_crop(
 _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 
 # %% ../nbs/12_data.ipynb #b9e5af1e
-def _sent(x, device):
-    "`x` on the device; a GPU does not wait for it"
-    if torch.device(device).type != 'cuda': return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
 class _OpenImage(Transform):
     "fastai's image of an array, a file, or whatever else it opens"
     input_types = object
@@ -168,7 +163,9 @@ class _Loader(TfmdDL):
 
     def create_batches(self, samps):
         for idx in self.chunkify(samps):
-            idx = _sent(torch.tensor(idx), self.images.device)
+            idx = torch.tensor(idx)
+            if self.images.is_cuda:  # without waiting
+                idx = idx.pin_memory().to(self.images.device, non_blocking=True)
             x = self.images[idx]
             if self.augment: x = self.augment(x, self.image_size, self.flip)
             x = x.to(self.device).permute(0, 3, 1, 2).contiguous().float()/255

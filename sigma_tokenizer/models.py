@@ -127,9 +127,8 @@ class SigmaModel(
                          scorer,
                          _reductions[reduction](embed_dim), keep)
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f'classes: got {len(classes)}; '
-                             f'accepted: {num_classes}, the num_classes (for others, '
-                             'reset_classifier)')
+            raise ValueError(f'classes: got {len(classes)}; accepted: {num_classes}, '
+                             'the num_classes (for others, reset_classifier)')
         self.classes = None if classes is None else [str(c) for c in classes]
         if normalize is None: normalize = tokenizer.normalized and in_chans == 3
         self.normalize = normalize

@@ -104,8 +104,7 @@ def _predict_files(files, model, keep, out, bits):
         got = [decode(file, n, bits) for n in (side, 256)]
         if isinstance(got[0], str):
             print(f'{file}: {got[0]}', file=sys.stderr)
-            bad += 1
-            continue
+            bad += 1; continue
         image, large = (torch.tensor(pixels).permute(2, 0, 1)/255 for pixels, _ in got)
         p = predict(model, image[None].to(model.cls_token), keep)[0]
         said = f'{p.label} {p.probability:.2f}'

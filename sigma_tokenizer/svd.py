@@ -166,8 +166,8 @@ def kept_triplets(
         total = torch.linalg.vector_norm(x, dim=(2, 3)).double().square().sum(1)
         # an image that is not finite has NaN as its triplet; the others are left alone
         if not (finite := total.isfinite()).all():
-            total, x = (torch.where(finite.view(-1, *[1]*(h.ndim - 1)), h, 0)
-                        for h in (total, x))
+            total = torch.where(finite, total, 0)
+            x = torch.where(finite[:, None, None, None], x, 0)
         M = x.shape[-1]
         rounds = _rounds[x.device.type == 'cuda']
         if criterion == 'linear' or p == 1 or M < 8: rounds = ()
@@ -222,7 +222,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #dfccafc8
+# %% ../nbs/07_svd.ipynb #84863a72
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True
