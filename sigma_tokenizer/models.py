@@ -66,8 +66,8 @@ def has_scores(
 # %% ../nbs/10_models.ipynb #e4ff15da
 def _check_reduction(name, reduction, keep):
     scored, grid = has_scores(name), not tokenizer_class(name).square
-    ways = [way for way in _reductions
-            if way is None or (grid if way == 'pool' else scored)]
+    # means over cells have no scores
+    ways = [None, *(['pool']*grid if not scored else ['rest', 'layer_rest', 'merge'])]
     if reduction in ways and (scored or reduction or not keep): return
     accepted = ', '.join(map(str, ways))
     if not scored: accepted += f', as the tokens of {name} have no scores'

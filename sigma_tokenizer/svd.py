@@ -222,7 +222,7 @@ def vector_layers(
         layer for i, o in zip(widths, widths[1:])
         for layer in (nn.Conv1d(i, o, 5, 2, 2), nn.BatchNorm1d(o), nn.LeakyReLU())])
 
-# %% ../nbs/07_svd.ipynb #84863a72
+# %% ../nbs/07_svd.ipynb #ed52d9f4
 class SVDTokenizer(nn.Module):
     "Tokens of the leading singular triplets of each image, scored by their energy"
     grid, square, normalized, scored = None, True, True, True

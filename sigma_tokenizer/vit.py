@@ -17,7 +17,7 @@ from .select import TopK, TopP, check_keep, resolve_keep, select
 
 # %% ../nbs/09_vit.ipynb #d805563c
 def _attend_with_bias(q, k, v, attn_mask):
-    "The same, with the bias as a coordinate of the keys: fused with its gradient"
+    "Attention whose mask gets a gradient: it is a coordinate of the keys"
     d, bias = k.shape[-1], attn_mask.clamp(min=-1e4).mT.to(k.dtype)
     k = torch.cat([k, d**.5*bias.expand(*k.shape[:3], 1)], -1)
     q, v = F.pad(q, (0, 1), value=1.), F.pad(v, (0, 1))
