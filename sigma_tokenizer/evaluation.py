@@ -54,12 +54,12 @@ def _for_length(model, batches, mean_length):
     width = max(mask.shape[1] for _, mask in seen)
     padded = lambda part: F.pad(part.cpu(), (0, width - part.shape[1]))
     scores, mask = (torch.cat([padded(part) for part in parts]) for parts in zip(*seen))
-    few = model.embed(next(batches()))
-    # beside what is kept: the class token, and a rest token if there is one
-    first = getattr(model, 'num_prefix_tokens', 1)
-    added = first + model.reduce(few, TopK(1)).lengths[0].item() - 1
-    least, most = added + 1, first + mask.sum(1).double().mean().item()
-    check_number('mean_length', mean_length, f'{least} <= mean_length <= {most:g}',
+    first, n = getattr(model, 'num_prefix_tokens', 1), mask.sum(1)
+    # beside what is kept: the class token, and a rest token where some are dropped
+    rest = model.reduce(model.embed(next(batches())), TopK(1)).lengths.max().item() - 1
+    added = first + rest*(n > 1).double().mean().item()
+    least, most = added + 1, first + n.double().mean().item()
+    check_number('mean_length', mean_length, f'{least:g} <= mean_length <= {most:g}',
                  lambda n: least <= n <= most)
     return TopP.from_mean(scores, mask, mean_length - added)
 

@@ -41,7 +41,7 @@ class RestToken(nn.Module):
         known = isinstance(keep, TopK) and not t.padded
         if not (exporting or known or n.any()): return short
         weights = t.scores*dropped; total = weights.sum(1, keepdim=True)
-        weights = weights/total.clamp(min=1e-6)
+        weights = weights/total.clamp(min=1e-12)
         rest = self.write(weights[:, None].to(t.x.dtype) @ self.read(t.x))
         padded = exporting or short.padded or not (known or bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),

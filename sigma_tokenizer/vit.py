@@ -18,7 +18,7 @@ from .select import TopK, TopP, check_keep, resolve_keep, select
 # %% ../nbs/09_vit.ipynb #d805563c
 def _attend_with_bias(q, k, v, attn_mask):
     "Attention whose mask gets a gradient: it is a coordinate of the keys"
-    d, bias = k.shape[-1], attn_mask.clamp(min=-1e4).mT.to(k.dtype)
+    d, bias = k.shape[-1], attn_mask.clamp(min=-5e3).mT.to(k.dtype)
     k = torch.cat([k, d**.5*bias.expand(*k.shape[:3], 1)], -1)
     q, v = F.pad(q, (0, 1), value=1.), F.pad(v, (0, 1))
     wide = (F.pad(h, (0, 7)) for h in (q, k, v))  # kernels want multiples of 8
@@ -213,7 +213,7 @@ def encode(self:VisionTransformer,
     x, mask = self.sequence(t)
     if not self.blocks:
         if mask is None: return self.norm(x.mean(1))
-        weights = mask.exp()
+        weights = mask.exp().to(x.dtype)
         return self.norm((x*weights[..., None]).sum(1)/weights.sum(1, keepdim=True))
     # a GPU would wait for the number of real tokens
     packed = x.device.type == 'cpu' and not torch.compiler.is_compiling()
