@@ -39,6 +39,7 @@ variants = {
         'both': dict(both=True),  # multiplied, and in the attention
         'first': dict(only=[0]), 'last': dict(only=[3]),  # in the attention of one block
         'sparsity 0': dict(sparsity=0), 'sparsity 0.05': dict(sparsity=.05),
+        'gini 0.05': dict(sparsity=.05, kind='gini'),  # unequal scores instead of low ones
         'temperature 0.5': dict(temperature=.5), 'temperature 2': dict(temperature=2.)}}
 
 def stack(widths):
@@ -115,8 +116,9 @@ def make(kind, model='msvd_weighted', effect=None, both=False, temperature=1., o
 def main(kind, name, data, epochs, seed):
     options = dict(variants[kind][name])
     data = hold_out(load_data(data, 64), .2); set_seed(seed, reproducible=True)
-    dls = image_loaders(data, 64); sparsity = options.pop('sparsity', .0125); m = make(kind, **options)
-    cbs = [*[SparsityLoss(sparsity)]*bool(sparsity), BFloat16()] if kind == 'scores' else []
+    dls = image_loaders(data, 64); loss = options.pop('sparsity', .0125), options.pop('kind', 'mean')
+    m = make(kind, **options)
+    cbs = [*[SparsityLoss(*loss)]*bool(loss[0]), BFloat16()] if kind == 'scores' else []
     log = train(create_learner(m, dls, .01, cbs, decay_all=True), epochs, 1e-3, 'one_cycle')
     budgets = [None, *map(TopK, (1, 4, 8, 16, 32) if kind == 'svd' else (1, 4, 8, 16, 24, 32, 48))]
     found, scores = evaluate(m, dls.valid, budgets)
