@@ -150,7 +150,7 @@ def test_rest_and_merge_one_image_at_a_time(t, keep, hidden):
         x, s, position = t.x[i, real], t.scores[i, real], t.position[i, real]
         kept = plain_kept(s, real[real], keep); lost = [j for j in range(len(x)) if j not in kept]
         want = [x[kept]]
-        if lost: want.insert(0, rest.write((s[lost, None]*rest.read(x[lost])).sum(0)/max(s[lost].sum(), 1e-6))[None])
+        if lost: want.insert(0, rest.write((s[lost, None]*rest.read(x[lost])).sum(0)/max(s[lost].sum(), 1e-12))[None])
         torch.testing.assert_close(summed.x[i][summed.mask[i]], torch.cat(want), rtol=1e-4, atol=1e-5)
         assert summed.position[i][summed.mask[i]].tolist() == [-1]*bool(lost) + position[kept].tolist()
         joined = {j: [j] for j in kept}
