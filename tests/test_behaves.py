@@ -191,7 +191,7 @@ def test_feature_maps(name):
         short = m.forward_intermediates(x, 1, keep=TopK(3), intermediates_only=True)[0]
         assert (short.abs().sum(1) > 0).sum((1, 2)).tolist() == [3, 3]
     if name.startswith(('vit', 'msvd')):
-        pooled = make(name.rsplit('_', 1)[0], reduction='pool', keep=TopK(4)).eval()
+        pooled = make(name.removesuffix('_gated').removesuffix('_weighted'), reduction='pool', keep=TopK(4)).eval()
         assert pooled.forward_intermediates(x, 1, intermediates_only=True)[0].flatten(2).unique(dim=2).shape[2] == 4
     if flat:
         with pytest.raises(ValueError, match="output_fmt: got 'NCHW'; accepted: NLC"): m.forward_intermediates(x)
