@@ -72,7 +72,7 @@ def show_kept(
     cells = rows, kept.shape[-1]//rows
     def grid(v): return F.interpolate(v.float().view(1, 1, *cells), image.shape[1:])[0]
     panels = [('image', image)]
-    if scores is not None: panels.append(('scores', scores.view(1, *cells)))
+    if scores is not None: panels.append(('scores', (scores/scores.max()).view(1, *cells)))
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
     fig = fig or plt.figure()
