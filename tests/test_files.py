@@ -169,8 +169,8 @@ def test_photographs_with_any_name(tmp_path):
     names = ['a.jpg', '$b$ $.jpg', 'ф'*120 + '.jpg', 'x'*251 + '.jpg', 'z.jpg']
     image = Image.fromarray((sample_photos(64)[1].movedim(0, -1)*255).byte().numpy())
     exif = Image.Exif(); exif[0x112] = 6
-    for name in names[:-1]: image.save(tmp_path/name, quality=100, subsampling=0)
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'z.jpg', quality=100, subsampling=0, exif=exif)
+    for name in names[:-1]: image.save(tmp_path/name, format='PNG')
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'z.jpg', format='PNG', exif=exif)
     env = {k: v for k, v in os.environ.items() if k != 'XDG_CACHE_HOME'}
     env |= dict(HOME='/dev/null', PYTHONIOENCODING='ascii', MPLCONFIGDIR=matplotlib.get_cachedir())
     command = Path(sys.executable).with_name('sigma_predict'), *names, 'none.jpg', 'out', '--keep', '4', '--out', 'out'
