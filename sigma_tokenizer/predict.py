@@ -72,12 +72,12 @@ def show_kept(
     cells = rows, kept.shape[-1]//rows
     def grid(v): return F.interpolate(v.float().view(1, 1, *cells), image.shape[1:])[0]
     panels = [('image', image)]
-    if scores is not None: panels.append(('scores', (scores/scores.max()).view(1, *cells)))
+    if scores is not None:
+        panels.append(('scores', F.normalize(scores, p=math.inf, dim=0).view(1, *cells)))
     panels += [(f'{int(k.sum())} of {len(k)} tokens', image*(.2 + .8*grid(k)))
                for k in kept.view(-1, kept.shape[-1])]
     fig = fig or plt.figure()
-    size = 2*len(panels), 2.2 + .25*bool(title)
-    fig.set(size_inches=size, layout_engine='constrained')
+    fig.set(size_inches=(2*len(panels), 2.2 + .25*bool(title)), layout_engine='constrained')
     for ax, (what, im) in zip(fig.subplots(1, len(panels)), panels):
         ax.imshow(im.movedim(0, -1), cmap='gray', vmin=0, vmax=1)
         ax.set_title(what, fontsize=9); ax.axis('off')
