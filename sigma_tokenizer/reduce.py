@@ -36,14 +36,14 @@ class RestToken(nn.Module):
         kept = keep_mask(t, keep); dropped = t.mask & ~kept
         short, n = gather_kept(t, kept, keep.most(t)), dropped.sum(1, keepdim=True)
         exporting = torch.compiler.is_exporting()
-        if isinstance(keep, TopK) and keep.k >= t.x.shape[1]: return short
+        if isinstance(keep, TopK) and min(keep.ks) >= t.x.shape[1]: return short
         # every image drops some: a GPU need not be waited for
-        known = isinstance(keep, TopK) and not t.padded
+        known = isinstance(keep, TopK) and not (t.padded or keep.each)
         if not (exporting or known or n.any()): return short
         weights = t.scores*dropped; total = weights.sum(1, keepdim=True)
         weights = weights/total.clamp(min=1e-12)
         rest = self.write(weights[:, None].to(t.x.dtype) @ self.read(t.x))
-        padded = exporting or short.padded or not (known or bool(n.all()))
+        padded = not known and (exporting or short.padded or not bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),
                       torch.cat([total, short.scores], 1),
                       F.pad(short.position, (1, 0), value=-1), padded)
@@ -75,7 +75,7 @@ class GridPool(nn.Module):
         keep:TopK|None  # the budget
     )->Tokens:  # s^2 tokens, at position -1, without scores
         check_keep(keep)
-        if isinstance(keep, TopP) or keep == TopK(0):
+        if isinstance(keep, TopP) or keep and (keep.each or keep.k == 0):
             raise ValueError(f'keep: got {keep}; '
                              'accepted: TopK(k), k >= 1, as cells have no scores')
         n = t.x.shape[1]; grid = t.grid or (math.isqrt(n), math.isqrt(n))

@@ -36,20 +36,39 @@ def _keep_first(order, n, mask):
 @dataclass(frozen=True)
 class TopK:
     "Budget: the `k` tokens with the highest scores, or all where an image has fewer"
-    k:int  # tokens to keep, >= 1; or 0 in a model that sums up what it drops
+    # tokens to keep, >= 1; or 0 in a model that sums up what it drops;
+    # or such a number for each image of a batch, in a tensor or a sequence
+    k:int|tuple[int, ...]
 
-    def __post_init__(self): check_int('k', self.k, 0)
+    def __post_init__(self):
+        if isinstance(self.k, Tensor): object.__setattr__(self, 'k', self.k.tolist())
+        if isinstance(self.k, (list, tuple)): object.__setattr__(self, 'k', (*self.k,))
+        for k in self.ks: check_int('k', k, 0)
+
+    @property
+    def each(self)->bool:
+        "Is there a number for each image?"
+        return isinstance(self.k, tuple)
+
+    @property
+    def ks(self)->tuple[int, ...]:
+        "The numbers in it, one or several"
+        return self.k if self.each else (self.k,)
 
     def __call__(self,
         scores:Tensor,  # (B, N) in [0, 1]
         mask:Tensor  # (B, N) bool, the real tokens
     )->Tensor:  # (B, N) bool, the kept tokens
         "The tokens to keep"
-        return _keep_first(_ranked(scores, mask)[1], min(self.k, scores.shape[1]), mask)
+        if not self.each: n = min(self.k, scores.shape[1])
+        elif len(self.k) == len(scores): n = torch.tensor(self.k).to(mask.device)[:, None]
+        else: raise ValueError(f'k: got {len(self.k)} numbers for {len(scores)} images; '
+                               'accepted: one, or one for each image')
+        return _keep_first(_ranked(scores, mask)[1], n, mask)
 
     def most(self, t):
         "Tokens that it keeps of any image, if that is known beforehand"
-        exact = torch.compiler.is_exporting() or not t.padded
+        exact = not self.each and (torch.compiler.is_exporting() or not t.padded)
         return min(self.k, t.x.shape[1]) if exact else None
 
 # %% ../nbs/02_select.ipynb #31e5f4e1
@@ -102,6 +121,7 @@ def gather_kept(
 )->Tokens:  # N is the largest number kept of an image
     "Only the kept tokens, in their old order"
     n, padded = kept.sum(1), torch.compiler.is_exporting()
+    if most is None and not len(n): most = 0  # no images
     if most is None:
         least, most = torch.stack(n.aminmax()).tolist(); padded = least < most
     # each kept token writes its number at its place among the kept, the others behind
@@ -147,7 +167,7 @@ def select(
 )->Tokens:
     "The tokens that fit the budget; the others are dropped"
     if keep is None: return t
-    if keep == TopK(0):
+    if isinstance(keep, TopK) and 0 in keep.ks:
         raise ValueError(f'keep: got {keep}; accepted: k >= 1, '
                          'as nothing here sums up what is dropped')
     return gather_kept(t, keep_mask(t, keep), keep.most(t))
