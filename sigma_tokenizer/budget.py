@@ -8,7 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/budget.html.md"""
 __all__ = ['budgeted', 'find_blocks', 'Budgeted', 'teach']
 
 # %% ../nbs/18_budget.ipynb #ed368ea0
-import json
+import json, math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -26,12 +26,11 @@ from .reduce import RestToken
 from .training import (BFloat16, BudgetSchedule, SelfDistillation,
                                       create_learner)
 from .checkpoint import train
+from .evaluation import evaluating
 from fastai.callback.core import Callback
 
 # %% ../nbs/18_budget.ipynb #5b0c0001
-def find_blocks(
-    vit:nn.Module
-)->list[nn.Module]:
+def find_blocks(vit:nn.Module)->list[nn.Module]:
     "The Transformer blocks of a model: its longest list of equal modules on tokens"
     def reads_tokens(block):
         count = lambda kind: sum(isinstance(m, kind) for m in block.modules())
@@ -67,13 +66,11 @@ class _Pass:
 
     def shorten(self, x):
         "Score the tokens, take what the budget keeps, note what goes where"
-        m, tokens = self.model, x[:, self.p:]
-        if self.t is None: self.t = m.scorer(full_tokens(tokens))
-        short = m.reduce(self.t, self.keeps[0])
+        if self.t is None: self.t = self.model.scored(x)
+        short, n = self.model.reduce(self.t, self.keeps[0]), self.t.x.shape[1]
         self.short = None if short is self.t else short.replace(x=None, scores=None)
         if self.short:
-            at, n = short.position, tokens.shape[1]
-            at = torch.where(short.mask & (at >= 0), at, n)
+            at = torch.where(short.mask & (short.position >= 0), short.position, n)
             index = torch.arange(at.shape[1], device=at.device).expand_as(at)
             self.whole = at.new_zeros(at.shape[0], n + 1).scatter(1, at, index)[:, :n]
             dropped = (self.whole == 0).int().argmax(1, keepdim=True)  # any one
@@ -86,12 +83,8 @@ class _Pass:
         return torch.cat([x[:, :self.p], x[:, self.p:].gather(1, index)], 1)
 
 # %% ../nbs/18_budget.ipynb #12519b4f
-def _rotations(
-    table:Tensor,  # (N, d), or (heads, N, d): sines or cosines, or both, of each token
-    position:Tensor,  # (B, n), -1 for a token that is not rotated
-    still:list[float]  # (d,), the row that rotates nothing
-)->Tensor:  # (B, 1 or heads, n, d)
-    "The rotary embedding of these tokens"
+def _rotations(table, position, still):
+    "Rows of a rotary table ((heads,) N, d) for positions (B, n); `still` at -1"
     still = table.new_tensor(still).expand(*table.shape[:-2], 1, -1)
     found = torch.cat([table, still], -2)[..., position, :]
     return found[:, None] if table.ndim == 2 else found.transpose(0, 1)
@@ -192,8 +185,8 @@ class Budgeted(nn.Module):
                              f'as the model has {len(self.blocks)} blocks')
         self.after, self.hidden, self.keep = after, hidden, keep
         self.num_prefix_tokens = self.n_tokens = 0  # `_look` finds them
-        takes = signature(self.blocks[0].forward).parameters.values()
-        self.names = [p.name for p in takes if p.kind == p.POSITIONAL_OR_KEYWORD]
+        takes = signature(self.blocks[0].forward).parameters
+        self.names = [n for n, p in takes.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
         self.tag, hooks = object(), []  # hooks of another budget are not ours
         for i, b in enumerate(self.blocks):
             before, behind = (partial(f, self.tag, i) for f in (_before, _behind))
@@ -220,38 +213,46 @@ def image_size(self:Budgeted)->tuple[int, int]:
 @torch.no_grad()
 def _look(self:Budgeted):
     "Run an image through: where are its tokens, and do the blocks take fewer of them?"
-    cells, modes = [], [(m, m.training) for m in self.vit.modules()]
-    convs = [m for m, _ in modes if isinstance(m, nn.Conv2d)]
+    cells, convs = [], [m for m in self.vit.modules() if isinstance(m, nn.Conv2d)]
     hooks = [m.register_forward_hook(lambda m, x, y: cells.append(y.shape[2:].numel()))
              for m in convs]
-    self.vit.eval()
     try:
-        self.in_chans = convs[0].in_channels
-        image = convs[0].weight.new_zeros(1, self.in_chans, *self.image_size)
-        h = self._hidden(image); (_, n, D), self.n_tokens = h.shape, cells[-1]
-        self.num_prefix_tokens = n - self.n_tokens
-        self.scorer, self.rest = Scorer(D, self.hidden, 'select').to(h), RestToken(D).to(h)
-        nn.init.eye_(self.rest.write.weight); nn.init.zeros_(self.rest.write.bias)
-        if self.num_prefix_tokens < 0: raise ValueError(f'{n} tokens')
-        self(image, TopK(1))
+        with evaluating(self.vit):
+            self.in_chans = convs[0].in_channels
+            image = convs[0].weight.new_zeros(1, self.in_chans, *self.image_size)
+            try:
+                with _Pass(self, []): self.vit(image)
+            except _Stop as stop: h = stop.args[0]
+            (_, n, D), self.n_tokens = h.shape, cells[-1]
+            self.num_prefix_tokens = n - self.n_tokens
+            self.scorer = Scorer(D, self.hidden, 'select').to(h)
+            self.rest = RestToken(D).to(h)
+            for part in (self.scorer.mlp[-1], self.rest.write): nn.init.zeros_(part.bias)
+            nn.init.zeros_(self.scorer.mlp[-1].weight); nn.init.eye_(self.rest.write.weight)
+            if self.num_prefix_tokens < 0: raise ValueError(f'{n} tokens')
+            self(image, TopK(1))
     finally:
         for hook in hooks: hook.remove()
-        for m, training in modes: m.training = training
 
 # %% ../nbs/18_budget.ipynb #e96a2ea7
-@patch
-def _hidden(self:Budgeted, x):
-    "What block `after` reads"
-    try:
-        with _Pass(self, []): self.vit(x)
-    except _Stop as stop: return stop.args[0]
-
 @patch
 def embed(self:Budgeted,
     x:Tensor  # (B, C, H, W) images
 )->Tokens:  # (B, N, D), with scores
     "All tokens after the first blocks, without class and register tokens"
-    return self.scorer(full_tokens(self._hidden(x)[:, self.num_prefix_tokens:]))
+    try:
+        with _Pass(self, []): self.vit(x)
+    except _Stop as stop: return self.scored(stop.args[0])
+
+@patch
+def scored(self:Budgeted,
+    x:Tensor  # (B, prefix + N, D), what block `after` reads
+)->Tokens:  # (B, N, D)
+    "Tokens with scores; equal ones are spread over the grid by an R2 sequence"
+    t = self.scorer(full_tokens(x[:, self.num_prefix_tokens:]))
+    i = torch.arange(t.x.shape[1], device=x.device); w = math.isqrt(len(i))
+    spread = (i//w*.5698403 + i%w*.7548777) % 1
+    return t.replace(scores=torch.lerp(t.scores, spread.to(t.scores), 2**-8))
 
 @patch
 def reduce(self:Budgeted,
@@ -266,8 +267,8 @@ def _logits(out):
     "Of a model's answer; the mean of two heads"
     if isinstance(out, Tensor): return out
     if not isinstance(out, Mapping): return sum(out)/len(out)
-    kinds = 'logits', 'pooler_output', 'last_hidden_state'
-    return next(out[k] for k in kinds if out.get(k) is not None)
+    return next(out[k] for k in ('logits', 'pooler_output', 'last_hidden_state')
+                if out.get(k) is not None)
 
 @patch
 def forward(self:Budgeted,
@@ -289,10 +290,7 @@ def forward(self:Budgeted,
     return y.view(len(keeps), len(y)//len(keeps), *y.shape[1:])
 
 @patch
-def using(self:Budgeted,
-    keep:TopK|TopP|None,
-    dense:bool=True  # whole grids behind every block, not only the last
-):
+def using(self:Budgeted, keep:TopK|TopP|None, dense:bool=True):
     "A context in which `model.vit` itself, whatever is called of it, has this budget"
     return _Pass(self, [resolve_keep(keep, self.keep)], dense)
 
@@ -304,9 +302,9 @@ def no_weight_decay(self:Budgeted)->set[str]:
 
 @patch(as_prop=True)
 def about(self:Budgeted)->dict:
-    "What an exported file says of the model"
+    "What a saved or exported file says of the model"
     return dict(name=type(self.vit).__name__, image_size=[*self.image_size],
-                in_chans=self.in_chans, after=self.after,
+                in_chans=self.in_chans, after=self.after, hidden=self.hidden,
                 keep=self.keep and asdict(self.keep))
 
 @patch
@@ -325,8 +323,7 @@ def save_pretrained(self:Budgeted,
     "Write the weights, those of the ViT too, and the arguments of `budgeted`"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     save_model(self, folder/'model.safetensors')
-    told = dict(after=self.after, hidden=self.hidden, keep=self.keep and asdict(self.keep))
-    (folder/'budget.json').write_text(json.dumps(told))
+    (folder/'budget.json').write_text(json.dumps(self.about))
 
 @patch(cls_method=True)
 def from_pretrained(cls:Budgeted,
@@ -334,9 +331,9 @@ def from_pretrained(cls:Budgeted,
     vit:nn.Module  # the same model, with any weights
 )->Budgeted:  # in evaluation mode
     "What `save_pretrained` wrote"
-    told = json.loads((Path(folder)/'budget.json').read_text())
-    if keep := told['keep']: told['keep'] = (TopK if 'k' in keep else TopP)(**keep)
-    model = cls(vit, **told)
+    about = json.loads((Path(folder)/'budget.json').read_text())
+    if keep := about['keep']: keep = (TopK if 'k' in keep else TopP)(**keep)
+    model = cls(vit, about['after'], about['hidden'], keep)
     load_model(model, Path(folder)/'model.safetensors')
     return model.eval()
 

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from .select import TopK, TopP
 from .score import Scorer
-from .reduce import GridPool, MergeDropped, RestToken
+from .reduce import GridPool, RestToken
 from .stem import CNNTokenizer, ConvTokenizer, PatchTokenizer
 from .fft import FFTTokenizer
 from .svd import SVDTokenizer
@@ -38,7 +38,7 @@ _scored = {f'{name}_{way}': effect for way, effect in _effects.items()
            for name in ('msvd', 'vit_conv', 'vit_cnn')}
 _reductions = {None: lambda dim: None, 'rest': RestToken,
                'layer_rest': lambda dim: RestToken(dim, 128),
-               'merge': lambda dim: MergeDropped(), 'pool': lambda dim: GridPool()}
+               'pool': lambda dim: GridPool()}
 _trained = files('sigma_tokenizer')/'weights'
 
 def list_models()->list[str]:
@@ -67,7 +67,7 @@ def has_scores(
 def _check_reduction(name, reduction, keep):
     scored, grid = has_scores(name), not tokenizer_class(name).square
     # means over cells have no scores
-    ways = [None, *(['pool']*grid if not scored else ['rest', 'layer_rest', 'merge'])]
+    ways = [None, *(['pool']*grid if not scored else ['rest', 'layer_rest'])]
     if reduction in ways and (scored or reduction or not keep): return
     accepted = ', '.join(map(str, ways))
     if not scored: accepted += f', as the tokens of {name} have no scores'
@@ -107,7 +107,7 @@ class SigmaModel(
         num_heads:int=12,  # attention heads, a divisor of D
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of D
         drop_rate:float=.1,  # dropout inside the encoder
-        reduction:str|None=None,  # 'rest', 'layer_rest', 'merge', 'pool'; None drops
+        reduction:str|None=None,  # 'rest', 'layer_rest', 'pool'; None drops
         keep:TopK|TopP|None=None,  # default budget; None keeps all tokens
         in_chans:int=3,  # channels C of the images
         classes:list[str]|None=None,  # names, in the order of the logits

@@ -46,21 +46,16 @@ class TopK:
         for k in self.ks: check_int('k', k, 0)
 
     @property
-    def each(self)->bool:
-        "Is there a number for each image?"
-        return isinstance(self.k, tuple)
-
-    @property
     def ks(self)->tuple[int, ...]:
         "The numbers in it, one or several"
-        return self.k if self.each else (self.k,)
+        return self.k if isinstance(self.k, tuple) else (self.k,)
 
     def __call__(self,
         scores:Tensor,  # (B, N) in [0, 1]
         mask:Tensor  # (B, N) bool, the real tokens
     )->Tensor:  # (B, N) bool, the kept tokens
         "The tokens to keep"
-        if not self.each: n = min(self.k, scores.shape[1])
+        if not isinstance(self.k, tuple): n = min(self.k, scores.shape[1])
         elif len(self.k) == len(scores): n = torch.tensor(self.k).to(mask.device)[:, None]
         else: raise ValueError(f'k: got {len(self.k)} numbers for {len(scores)} images; '
                                'accepted: one, or one for each image')
@@ -68,8 +63,9 @@ class TopK:
 
     def most(self, t):
         "Tokens that it keeps of any image, if that is known beforehand"
-        exact = not self.each and (torch.compiler.is_exporting() or not t.padded)
-        return min(self.k, t.x.shape[1]) if exact else None
+        exact = torch.compiler.is_exporting() or not t.padded
+        several = isinstance(self.k, tuple)
+        return min(self.k, t.x.shape[1]) if exact and not several else None
 
 # %% ../nbs/02_select.ipynb #31e5f4e1
 @dataclass(frozen=True)
@@ -134,9 +130,7 @@ def gather_kept(
     return Tokens(x, mask, scores, t.position.gather(1, at), padded)
 
 # %% ../nbs/02_select.ipynb #a83a3725
-def check_keep(
-    keep  # a budget, or None
-):
+def check_keep(keep):
     "Raise a `ValueError` unless `keep` is a budget or None"
     if not (keep is None or isinstance(keep, (TopK, TopP))):
         raise ValueError(f'keep: got {keep!r}; accepted: None, TopK(k) or TopP(p)')

@@ -8,18 +8,13 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/timm.html.md"""
 __all__ = ['default_cfgs']
 
 # %% ../nbs/11_timm.ipynb #ec433e30
-import json, math
+import json
 from fastcore.basics import patch
-import torch.nn.functional as F
-from torch import Tensor, nn
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-    from timm.models._features import feature_take_indices
 except ImportError as e:
     raise ImportError("timm_models needs timm>=1.0.16: "
                       "pip install 'sigma_tokenizer[timm]'") from e
-from .tokens import scatter_tokens
-from .select import TopK, TopP, resolve_keep
 from .vit import VisionTransformer
 from .models import (SigmaModel, _trained, create_model, has_scores,
                                     list_models, list_pretrained, tokenizer_class)
@@ -64,11 +59,8 @@ def _build(name, size, num_classes=1000, img_size=None, in_chans=3, **kw):
 
 def _entry(entry, name, size):
     def make(pretrained:bool=False, **kw)->SigmaModel:
-        # for features_only=True
-        features = dict(out_indices=kw.pop('out_indices', 3), feature_cls='getter')
         model = build_model_with_cfg(lambda **kw: _build(name, size, **kw), entry,
-                                     pretrained, feature_cfg=features, **kw)
-        if kw.get('features_only'): return model
+                                     pretrained, **kw)
         side = model.config['image_size']
         sides = side if isinstance(side, list) else (side, side)
         model.pretrained_cfg['input_size'] = (model.config['in_chans'], *sides)
@@ -91,63 +83,3 @@ def group_matcher(self:VisionTransformer,
     "What belongs to which layer, for timm's layer-wise learning rates"
     return dict(stem=r'^cls_token|^pos_embed|^tokenizer|^scorer|^reduction',
                 blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
-
-# %% ../nbs/11_timm.ipynb #c60ae8d8
-@patch
-def forward_intermediates(self:VisionTransformer,
-    x:Tensor,  # (B, C, H, W) images
-    indices:int|list[int]|None=None,  # blocks: the last n, these, or all
-    return_prefix_tokens:bool=False,  # the class token's outputs too, (B, 1, D)
-    norm:bool=False,  # with the last norm
-    stop_early:bool=False,  # not through blocks that are not asked for
-    output_fmt:str='NCHW',  # 'NCHW': maps (B, D, h, w); 'NLC': sequences (B, h w, D)
-    intermediates_only:bool=False,  # without the encoder's output
-    keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
-)->list[Tensor]|tuple[Tensor, list[Tensor]]:  # output (B, 1 + tokens, D), then features
-    "Features after blocks; zeros where a token was dropped, cells where they were averaged"
-    grid, n = getattr(self.tokenizer, 'cells', None), self.tokenizer.n_tokens
-    if getattr(self.tokenizer, 'grid', None):
-        grid = tuple(side//self.tokenizer.patch_size for side in x.shape[2:])
-        n = math.prod(grid)
-    maps = output_fmt == 'NCHW'
-    if output_fmt not in ('NCHW', 'NLC') or maps and not grid:
-        raise ValueError(f'output_fmt: got {output_fmt!r}; '
-                         f"accepted: {'NCHW, '*bool(grid)}NLC")
-    take, last = feature_take_indices(len(self.blocks), indices)
-    t = self.reduce(self.embed(x), resolve_keep(keep, self.keep))
-    (y, mask), outputs = self.sequence(t), {}
-    for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-        y = self.run_block(block, y, mask)
-        if i in take: outputs[i] = self.norm(y) if norm else y
-    def feature(z):
-        if t.grid not in (None, grid):  # means over cells
-            m = F.interpolate(z[:, 1:].mT.unflatten(2, t.grid), grid).flatten(2)
-        else:
-            at_place = t.replace(x=z[:, 1:], mask=t.mask & (t.position >= 0))
-            m = scatter_tokens(at_place, n).x.mT
-        m = m.unflatten(2, grid).contiguous() if maps else m.mT
-        return (m, z[:, :1]) if return_prefix_tokens else m
-    features = [feature(outputs[i]) for i in take]
-    return features if intermediates_only else (self.norm(y), features)
-
-# %% ../nbs/11_timm.ipynb #6498f0fc
-@patch
-def prune_intermediate_layers(self:VisionTransformer,
-    indices:int|list[int]=1,  # blocks: the last n, or these
-    prune_norm:bool=False,  # drop the last norm
-    prune_head:bool=True  # drop the head
-)->list[int]:  # the blocks that indices means
-    "Drop what those blocks do not need"
-    take, last = feature_take_indices(len(self.blocks), indices)
-    self.blocks = self.blocks[:last + 1]
-    if prune_norm: self.norm = nn.Identity()
-    if prune_head: self.reset_classifier(0)
-    return take
-
-@patch(as_prop=True)
-def feature_info(self:VisionTransformer
-)->list[dict]:  # module, num_chs (channels), reduction (pixels to one cell)
-    "What timm asks of each block's features"
-    reduction = getattr(self.tokenizer, 'patch_size', 1)
-    return [dict(module=f'blocks.{i}', num_chs=self.tokenizer.embed_dim,
-                 reduction=reduction) for i in range(len(self.blocks))]

@@ -134,9 +134,8 @@ def budget_loss(
 class RandomBudget(Callback):
     "Train at a budget drawn anew for each batch"
     order = 90  # after what changes the images, such as fastai's MixUp
-    def __init__(self,
-        schedule:BudgetSchedule=BudgetSchedule()
-    ): self.schedule = schedule
+    def __init__(self, schedule:BudgetSchedule=BudgetSchedule()):
+        self.schedule = schedule
 
     def before_batch(self):
         if not self.training: return
@@ -232,9 +231,7 @@ class AdamW(OptimWrapper):
         spared = lambda value: 0. if k == 'wd' else value
         super()._set_hyper(k, [x for value in v for x in (value, spared(value))])
 
-def spared_decay(
-    model:nn.Module
-)->list[Tensor]:  # parameters
+def spared_decay(model:nn.Module)->list[Tensor]:  # parameters
     "What timm does not decay: biases, norms, and the model's `no_weight_decay`"
     named = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
     return [p for n, p in model.named_parameters() if p.ndim <= 1 or n in named]

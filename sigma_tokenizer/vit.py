@@ -261,28 +261,23 @@ def forward(self:VisionTransformer,
 
 # %% ../nbs/09_vit.ipynb #b40593f1
 @patch(as_prop=True)
-def n_tokens(self:VisionTransformer
-)->int:
+def n_tokens(self:VisionTransformer)->int:
     "Tokens of an image of the size that the tokenizer is for, without the class token"
     return self.tokenizer.n_tokens
 
 @patch
-def get_classifier(self:VisionTransformer
-)->nn.Module:  # nn.Identity if there is none
-    "The head"
+def get_classifier(self:VisionTransformer)->nn.Module:
+    "The head; nn.Identity if there is none"
     return self.head
 
 # %% ../nbs/09_vit.ipynb #8ea0e371
 @patch
-def no_weight_decay(self:VisionTransformer
-)->set[str]:  # names of parameters
+def no_weight_decay(self:VisionTransformer)->set[str]:
     "The class token and learned positions"
     return {n for n, _ in self.named_parameters() if n in ('cls_token', 'pos_embed')}
 
 # %% ../nbs/09_vit.ipynb #d75d80f5
 @patch
-def set_grad_checkpointing(self:VisionTransformer,
-    enable:bool=True
-):
+def set_grad_checkpointing(self:VisionTransformer, enable:bool=True):
     "Compute blocks again in the backward pass: less memory, more time"
     self.grad_checkpointing = enable

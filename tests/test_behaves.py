@@ -177,37 +177,6 @@ def test_gradient_checkpointing(name):
         m(torch.rand(2, 3, 32, 32)).square().sum().backward(); grads.append([p.grad for p in m.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads))
 
-@every_model
-def test_feature_maps(name):
-    m, x, flat = make(name).eval(), torch.rand(2, 3, 32, 32), name == 'svd'
-    kw = dict(output_fmt='NLC') if flat else {}
-    last, maps = m.forward_intermediates(x, **kw)
-    shape = (2, 32, 32) if flat else (2, 32, 4, 4)
-    assert [tuple(f.shape) for f in maps] == [shape]*2
-    [(one, cls)] = m.forward_intermediates(x, [-1], return_prefix_tokens=True, norm=True, intermediates_only=True, **kw)
-    assert torch.allclose(cls[:, 0], last[:, 0], atol=1e-5) and tuple(one.shape) == shape
-    assert torch.allclose(m.forward_head(last[:, 0]) if name != 'timm' else m.head(last[:, 0]), m(x), atol=1e-4)
-    if name != 'timm' and m.scorer is not None:
-        short = m.forward_intermediates(x, 1, keep=TopK(3), intermediates_only=True)[0]
-        assert (short.abs().sum(1) > 0).sum((1, 2)).tolist() == [3, 3]
-    if name.startswith(('vit', 'msvd')):
-        pooled = make(name.removesuffix('_gated').removesuffix('_weighted'), reduction='pool', keep=TopK(4)).eval()
-        assert pooled.forward_intermediates(x, 1, intermediates_only=True)[0].flatten(2).unique(dim=2).shape[2] == 4
-    if flat:
-        with pytest.raises(ValueError, match="output_fmt: got 'NCHW'; accepted: NLC"): m.forward_intermediates(x)
-
-def test_features_only():
-    m = timm.create_model('sigma_msvd_mini_patch8_64', features_only=True, out_indices=(1, 3)).eval()
-    maps = m(torch.rand(2, 3, 64, 64))
-    assert [tuple(f.shape) for f in maps] == [(2, 128, 8, 8)]*2
-    assert m.feature_info.channels() == [128, 128] and m.feature_info.reduction() == [8, 8]
-
-def test_features_by_hooks():
-    "The way for those who have used torch.fx, which does not follow a budget"
-    m, seen = make('msvd_gated').eval(), []
-    m.blocks[0].register_forward_hook(lambda part, args, out: seen.append(out)); m(x)
-    close(seen[0][:, 1:], m.forward_intermediates(x, [0], output_fmt='NLC', intermediates_only=True)[0])
-
 # What people do with timm's ViT. SVD ranks depend on the image: they have no gradient, and no program without a break
 cannot = {(what, 'svd') for what in ('compile_fullgraph', 'vmap_over_models', 'vmap_over_images', 'input_gradient',
                                      'per_sample_gradients', 'meta')}
@@ -353,11 +322,6 @@ def test_weight_decay_by_timms_rule(learner):
     assert len(learn.opt.param_lists) == 1 and learn.opt.hypers[0]['wd'] == .1
     learn.fit(1, slice(1e-3)); learn.fit_one_cycle(1, 1e-3, wd=.2)
     assert learn.opt.opt.param_groups[0]['weight_decay'] == .2
-
-def test_blocks_that_are_not_there():
-    m = make('msvd').eval()
-    for bad in (0, 3, [2], [-3]):
-        with pytest.raises(AssertionError, match='out of range'): m.forward_intermediates(x, bad)
 
 three = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 3))
 @pytest.mark.parametrize('head', [nn.Linear(32, 5), nn.Identity(), three])

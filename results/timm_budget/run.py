@@ -10,7 +10,6 @@ the kept one most like it), attention-1 (EViT's rule, with its fused token), att
 random_rest-1 (with our rest token); tome (untaught); ours-1@240 is another seed than 239. One thread each.
 """
 import json, sys
-from dataclasses import replace
 from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import set_seed
@@ -20,9 +19,8 @@ from torch.nn import functional as F
 from sigma_tokenizer.budget import budgeted, teach
 from sigma_tokenizer.data import image_loaders
 from sigma_tokenizer.repro.folders import load_data
-from sigma_tokenizer.reduce import MergeDropped
 from sigma_tokenizer.repro.runs import provenance
-from sigma_tokenizer.select import TopK, select
+from sigma_tokenizer.select import TopK, keep_mask, select
 from sigma_tokenizer.training import BFloat16, create_learner
 from sigma_tokenizer.evaluation import in_turns
 from sigma_tokenizer.checkpoint import train
@@ -50,14 +48,24 @@ class ClassAttention(nn.Module):
     def forward(self, t):
         q, k, _ = self.qkv.float().unflatten(-1, (3, self.heads, -1)).unbind(2)
         looks = torch.einsum('bhd,bnhd->bhn', q[:, 0]*q.shape[-1]**-.5, k).softmax(-1).mean(1)[:, 1:]
-        return replace(t, scores=looks/looks.amax(1, keepdim=True))
+        return t.replace(scores=looks/looks.amax(1, keepdim=True))
 
 class Random(nn.Module):
-    def forward(self, t): return replace(t, scores=torch.rand(t.x.shape[:2]))
+    def forward(self, t): return t.replace(scores=torch.rand(t.x.shape[:2]))
 
 class Dropped(nn.Module):
     "No rest token"
     def forward(self, t, keep): return select(t, keep)
+
+class Merged(nn.Module):
+    "Each dropped token is averaged into the kept one most like it"
+    def forward(self, t, keep):
+        if keep is None: return t
+        short, kept = select(t, keep), keep_mask(t, keep)
+        to = (F.normalize(t.x, dim=-1) @ F.normalize(short.x, dim=-1).mT).argmax(-1)
+        to = torch.where(kept, kept.cumsum(1) - 1, to)
+        weight = (to[..., None] == torch.arange(short.x.shape[1])).to(t.x.dtype)
+        return short.replace(x=weight.mT @ t.x/weight.sum(1)[..., None])
 
 class ToMe(nn.Module):
     "Token merging (Bolya et al. 2023): r tokens of each block are averaged into others most like them"
@@ -84,7 +92,7 @@ def model_of(name, vit):
     if rule.startswith('attention'):
         m.scorer, m.rest.write = ClassAttention(vit, int(after)), nn.Identity()
         if rule == 'attention_dropped': m.rest = Dropped()
-    elif rule == 'merge': m.rest = MergeDropped()
+    elif rule == 'merge': m.rest = Merged()
     elif rule.startswith('random'):
         m.scorer = Random()
         if rule == 'random': m.rest = Dropped()

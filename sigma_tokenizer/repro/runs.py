@@ -8,22 +8,17 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/runs.html.md"""
 __all__ = ['provenance', 'run_once', 'reproduce', 'sigma_reproduce']
 
 # %% ../../nbs/24_runs.ipynb #b57a6491
-import hashlib, json, math, multiprocessing as mp, os, random, shutil, subprocess, sys
-import time, traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
-from functools import cache, partial
+import hashlib, json, math, random, shutil, subprocess, sys, time
+from functools import cache
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
-from threading import Thread
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
-from ..tokens import check_int
 from ..stem import ConvStem
 from ..models import create_model
 from ..data import ImageData, image_loaders
@@ -182,43 +177,11 @@ def _run_job(run, seed, config, data, fingerprint, holdout, device, out, deadlin
     if dataset.fingerprint != fingerprint:
         raise ValueError(f'data: {data} has changed since the command began')
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
+    for part in Path(out).glob(f'.{path.stem}*.part'):  # of a killed process
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
     folder = path.with_suffix('') if weights else None
     done = run_once(run, config, seed, dataset, device, checkpoint, deadline, folder)
-    if done: save_result(out, *done); checkpoint.unlink()
-
-# %% ../../nbs/24_runs.ipynb #c9cc0fc8
-def _begin_worker(threads):
-    "Use so many threads, and end with the parent"
-    torch.set_num_threads(threads)
-    def watch(): mp.connection.wait([mp.parent_process().sentinel]); os._exit(1)
-    Thread(target=watch, daemon=True).start()
-
-def _logged(job):
-    "`_run_job`, with what it prints in a log beside its result"
-    log = result_path(job['out'], job['run'], job['seed']).with_suffix('.log')
-    with (open(log, 'a', encoding='utf-8', errors='backslashreplace') as f,
-          redirect_stdout(f), redirect_stderr(f)):
-        try: _run_job(**job)
-        except Exception as e:
-            traceback.print_exc()
-            raise RuntimeError(f'{e}; its log is {f.name}') from None
-
-def _in_turn(todo, jobs):
-    "Each job, and how to make it or wait for it: one by one here, or as workers end"
-    if jobs == 1:
-        for i, job in enumerate(todo, 1):
-            print(f'\n[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}', flush=True)
-            yield job, partial(_run_job, **job)
-        return
-    threads = max(1, torch.get_num_threads()//jobs)
-    pool = ProcessPoolExecutor(jobs, mp.get_context('spawn'), _begin_worker, (threads,))
-    try:
-        waiting = {pool.submit(_logged, job): job for job in todo}
-        for future in as_completed(waiting): yield waiting[future], future.result
-    except BaseException:  # an interrupt
-        for child in mp.active_children(): child.kill()
-        raise
-    finally: pool.shutdown(cancel_futures=True)
+    if done: save_result(out, *done); checkpoint.unlink(missing_ok=True)
 
 # %% ../../nbs/24_runs.ipynb #9ccbc65a
 def reproduce(
@@ -232,15 +195,10 @@ def reproduce(
     holdout:float=None,  # evaluate on this share of the training split instead
     device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
     out:str=None,  # results' folder (default: runs/PRESET, or runs/PRESET_EPOCHS)
-    jobs:int=1,  # trainings side by side, each with its own log and copy of the images
     minutes:float=None,  # stop in time; the next call goes on (default: no limit)
     weights:bool=False  # keep each trained model beside its result
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
-    # a worker reads the script that called us
-    if getattr(mp.current_process(), '_inheriting', False):
-        raise RuntimeError('reproduce: with jobs, a script has to call it under '
-                           'if __name__ == "__main__":')
     deadline = time.time() + 60*(math.inf if minutes is None else minutes)
     items = lambda x: [s.strip() for s in x.split(',')] if isinstance(x, str) else x
     settings = load_preset(preset); data = data or settings['data']
@@ -248,7 +206,6 @@ def reproduce(
     out = Path(out or f'runs/{Path(preset).stem}' + f'_{epochs}'*(epochs is not None))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     torch.ones(1, device=device)  # is it there?
-    check_int('jobs', jobs)
     configs = {run: run_config(settings, run, epochs) for run in load_experiments()}
     with torch.device('meta'):  # a model that cannot be made fails before all training
         for run in {run for run, _ in todo}: create_model(**configs[run]['model'])
@@ -262,14 +219,9 @@ def reproduce(
                  out=str(out), deadline=deadline, weights=weights)
             for run, seed in todo]
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out/'.lock', timeout=0):
-            for result in load_results(out):
-                _check_same(result, configs.get(result['run']), dataset, out)
-            return _all_runs(work, out, jobs)
-    except Timeout:
-        raise RuntimeError(f'out: {out} is in use by another process; '
-                           'wait for it, or name another') from None
+    for result in load_results(out):
+        _check_same(result, configs.get(result['run']), dataset, out)
+    return _all_runs(work, out)
 
 # %% ../../nbs/24_runs.ipynb #0fb5a72a
 def _check_same(result, config, data, out):
@@ -286,32 +238,42 @@ def _check_same(result, config, data, out):
                          f'({"; ".join(differ)}); name another --out, or delete it')
 
 # %% ../../nbs/24_runs.ipynb #ff86aea7
-def _all_runs(work, out, jobs):
-    "Do the jobs that have no result yet, in a folder that is ours"
+def _summary(out):
+    "`write_summary`, one process at a time"
+    with FileLock(out/'.lock'):
+        for part in out.glob('.t*.part'): part.unlink()  # of a killed process
+        return write_summary(out)
+
+def _all_runs(work, out):
+    "Do the runs that have no result yet, and that no other process is doing"
     start, failed = time.time(), []
     path = lambda job: result_path(out, job['run'], job['seed'])
     is_done = lambda job: path(job).exists() and (
         not job['weights'] or path(job).with_suffix('').is_dir())
-    for part in out.glob('.*.part'):  # of a killed process
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
     todo = [job for job in work if not is_done(job)]
     for job in work:
         if job not in todo: path(job).with_suffix('.ckpt').unlink(missing_ok=True)
     print(f'{len(work)} runs, {len(todo)} to do, on {work[0]["device"]}; '
           f'results in {out}', flush=True)
-    for job, finish in _in_turn(todo, jobs):
-        try: finish()
+    for i, job in enumerate(todo, 1):
+        name = f'[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}'
+        try:
+            with FileLock(lock := path(job).with_suffix('.lock'), timeout=0):
+                if not is_done(job): print(f'\n{name}', flush=True); _run_job(**job)
+                lock.unlink()
+        except Timeout:
+            print(f'\n{name}: another process is at it', flush=True); continue
         except (ValueError, ArithmeticError, RuntimeError, OSError) as e:
             failed.append(f'{job["run"]}, seed {job["seed"]} failed: {e}')
             print(failed[-1], flush=True)
         if not is_done(job): continue
         table = result_table([load_result(path(job))])
         print('\n'.join(['', *table_lines(table)]), flush=True)
-        try: write_summary(out)
+        try: _summary(out)
         except OSError as e: print(f'no table yet: {e}', flush=True)  # open elsewhere?
     if failed: raise RuntimeError('; '.join(failed))
     left = [f'{job["run"]} (seed {job["seed"]})' for job in work if not is_done(job)]
-    table = write_summary(out) if load_results(out) else result_table([])
+    table = _summary(out) if load_results(out) else result_table([])
     print('\n'.join(['', *table_lines(table)]))
     print(f'\n{len(work) - len(left)} of {len(work)} runs done, '
           f'{(time.time() - start)/60:.1f} minutes; '
