@@ -25,7 +25,7 @@ setup(
     package_data={cfg['lib_name']: ['weights/*/*', 'repro/*.toml', 'repro/presets/*.toml']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'timm', 'export', 'kaggle')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'timm', 'transformers', 'export', 'kaggle')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
