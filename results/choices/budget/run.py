@@ -8,7 +8,8 @@
     python run.py DATA small SEED        images of 32 pixels, 16 tokens, for the same CPU time        4 minutes each
     python run.py DATA time              share of the ViT's time for an answer, in turns, idle cores  1 minute
 
-Each appends lines to lines.csv. One thread, float32.
+Each appends lines to lines.csv (what, blocks before the budget, seed, accuracy for each of `ks` kept, CPU seconds), `time` to
+time.csv (batch, what, milliseconds, share of the ViT's). One thread, float32.
 """
 import csv, sys, time
 from pathlib import Path
@@ -59,7 +60,8 @@ def class_attention(vit, after):
     return rule
 
 def write(what, after, seed, accuracy, seconds=''):
-    with open(here/'lines.csv', 'a') as f: csv.writer(f).writerow([what, after, seed, *accuracy, seconds])
+    row = [what, after, seed, *accuracy, *['']*(len(ks) - len(accuracy)), seconds]
+    with open(here/'lines.csv', 'a') as f: csv.writer(f).writerow(row)
     print(what, after, seed, accuracy, seconds, flush=True)
 
 @torch.no_grad()
@@ -109,6 +111,7 @@ def share():
                  'small': (lambda m, z: lambda: m(z))(make(False, img_size=32).eval(), x[..., :32, :32].contiguous())}
         calls |= {f'TopK({k})': lambda k=k: model(x, TopK(k)) for k in ks[1:]} | {'all': lambda: model(x, None)}
         ms = {name: median(rounds) for name, rounds in in_turns(calls, 31).items()}
-        write(f'share of time, batch {batch}', '', '', [f'{name} {t/ms["vit"]:.2f}' for name, t in ms.items()])
+        with open(here/'time.csv', 'a') as f:
+            for name, t in ms.items(): csv.writer(f).writerow([batch, name, round(t, 3), round(t/ms['vit'], 3)])
 
 if __name__ == '__main__': main(*sys.argv[1:])
