@@ -19,7 +19,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from .tokens import Tokens, check_int, full_tokens
+from .tokens import Tokens, check_int, check_number, full_tokens
 from .select import TopK, TopP, check_keep, resolve_keep
 from .score import Scorer
 from .reduce import RestToken
@@ -56,25 +56,29 @@ class _Pass:
     "One pass of a model: what its blocks read, and what comes out of them"
     def __init__(self, model, keeps, dense=False, t=None):
         self.model, self.keeps, self.dense, self.t = model, keeps, dense, t
-        self.short, self.calls, self.p = None, [], model.num_prefix_tokens
+        self.short, self.calls, self.was = None, [], []
+        self.p, self.grad = model.num_prefix_tokens, torch.is_grad_enabled()
 
     def __enter__(self):
-        self.was, _state.now = _state.now, self
+        self.was.append(_state.now); _state.now = self
         return self.model.vit
 
-    def __exit__(self, *error): _state.now = self.was
+    def __exit__(self, *error):
+        _state.now, self.t, self.calls = self.was.pop(), None, []
 
     def shorten(self, x):
         "Score the tokens, take what the budget keeps, note what goes where"
-        if self.t is None: self.t = self.model.scored(x)
-        short, n = self.model.reduce(self.t, self.keeps[0]), self.t.x.shape[1]
-        self.short = None if short is self.t else short.replace(x=None, scores=None)
+        t = self.model.scored(x) if self.t is None else self.t
+        if len(self.keeps) > 1: self.t = t
+        short, n = self.model.reduce(t, self.keeps[0]), t.x.shape[1]
+        self.short = None if short is t else short.replace(x=None, scores=None)
         if self.short:
             at = torch.where(short.mask & (short.position >= 0), short.position, n)
             index = torch.arange(at.shape[1], device=at.device).expand_as(at)
             self.whole = at.new_zeros(at.shape[0], n + 1).scatter(1, at, index)[:, :n]
             dropped = (self.whole == 0).int().argmax(1, keepdim=True)  # any one
             self.again = torch.where(at < n, at, dropped)
+        self.rows = self.p + short.x.shape[1]
         return torch.cat([x[:, :self.p], short.x], 1)
 
     def move(self, x, index):
@@ -116,14 +120,17 @@ def extras(self:_Pass, x, kw):
 
 # %% ../nbs/18_budget.ipynb #5b0c0005
 @patch
-def before(self:_Pass, i, args, kw):
+def before(self:_Pass, i, block, args, kw):
     "What block i reads instead"
     m = self.model
     if i < m.after: return
+    if self.grad and m.training and not torch.is_grad_enabled():
+        raise ValueError('checkpointing: got use_reentrant=True; accepted: False')
+    if len(args) > len(m.names): raise ValueError(f'{len(args)} arguments of a block')
     kw = dict(zip(m.names, args)) | kw
     x = _mark(kw.pop(m.names[0]), self)
     if not self.keeps: raise _Stop(x)
-    if len(self.keeps) > 1: self.calls.append((m.blocks[i], x, kw))
+    if len(self.keeps) > 1: self.calls.append((block, x, kw))
     if i == m.after: x = self.shorten(x)
     elif self.dense and self.short: x = self.move(x, self.again)
     return (_mark(x, self),), self.extras(x, kw)
@@ -134,6 +141,7 @@ def behind(self:_Pass, i, y):
     m, last = self.model, i == len(self.model.blocks) - 1
     if i < m.after or not (last or self.dense): return
     hidden = lambda y: y[0] if isinstance(y, tuple) else y
+    if hidden(y).shape[1] != self.rows: raise ValueError('blocks that add tokens')
     outs = [self.move(hidden(y), self.whole) if self.short else hidden(y)]
     for keep in self.keeps[1:]*last:
         x = self.calls[0][1]
@@ -153,14 +161,14 @@ def _mark(x, run):
     return x
 
 def _pass_of(tag, args, kw):
-    "The pass that this block is in; a checkpointed one runs again after it has ended"
+    "The pass that this block is in; in a backward pass, of a checkpoint, its input's"
     run = _state.now
-    if run is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         run = _marks(args[0] if args else next(iter(kw.values()))).get('sigma')
     return run if run and run.model.tag is tag else None
 
 def _before(tag, i, block, args, kw):
-    if run := _pass_of(tag, args, kw): return run.before(i, args, kw)
+    if run := _pass_of(tag, args, kw): return run.before(i, block, args, kw)
 
 def _behind(tag, i, block, args, kw, y):
     if run := _pass_of(tag, args, kw): return run.behind(i, y)
@@ -172,7 +180,8 @@ class Budgeted(nn.Module):
         vit:nn.Module,  # trained: of timm, of transformers, or your own
         after:int,  # blocks that see all tokens, 0 to depth - 1
         hidden:int=128,  # hidden width of the scorer
-        keep:TopK|TopP|None=None  # the budget when a call names none; None keeps all
+        keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all
+        image_size:int|tuple[int, int]=None  # side or (H, W), in pixels; None: as it says
     ):
         super().__init__()
         check_int('after', after, 0); check_keep(keep)
@@ -180,59 +189,60 @@ class Budgeted(nn.Module):
             raise ValueError('vit: got a model that has a budget; accepted: a model '
                              'without (`model.after` moves the budget)')
         self.vit, self.blocks = vit, (*find_blocks(vit),)
-        if after >= len(self.blocks):
-            raise ValueError(f'after: got {after}; accepted: 0 to {len(self.blocks) - 1}, '
-                             f'as the model has {len(self.blocks)} blocks')
+        check_number('after', after, f'0 to {len(self.blocks) - 1}, as the model has '
+                     f'{len(self.blocks)} blocks', lambda a: a < len(self.blocks))
         self.after, self.hidden, self.keep = after, hidden, keep
-        self.num_prefix_tokens = self.n_tokens = 0  # `_look` finds them
+        self.num_prefix_tokens = 0  # `_look` finds them
+        # a backbone reads what is between the blocks
+        self.dense = any(hasattr(m, 'out_indices') for m in vit.modules())
+        size = image_size or _size_of(vit)
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         takes = signature(self.blocks[0].forward).parameters
         self.names = [n for n, p in takes.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
         self.tag, hooks = object(), []  # hooks of another budget are not ours
         for i, b in enumerate(self.blocks):
             before, behind = (partial(f, self.tag, i) for f in (_before, _behind))
             hooks += [b.register_forward_pre_hook(before, with_kwargs=True),
-                      b.register_forward_hook(behind, with_kwargs=True)]
+                      b.register_forward_hook(behind, with_kwargs=True, prepend=True)]
         try: self._look()
         except Exception as e:
             for hook in hooks: hook.remove()
-            raise ValueError(f'vit: got {type(vit).__name__}, whose blocks do not run on '
-                             f'fewer tokens ({type(e).__name__}: {e})') from None
+            raise ValueError(f'vit: got {type(vit).__name__}; accepted: a ViT whose blocks '
+                             f'run on fewer tokens. With {self.image_size} pixels: '
+                             f'{type(e).__name__}: {e}') from None
         self.train(vit.training)
 
 # %% ../nbs/18_budget.ipynb #5b0c0008
-@patch(as_prop=True)
-def image_size(self:Budgeted)->tuple[int, int]:
-    "(H, W) of the images that the model is made for, in pixels"
-    config = getattr(self.vit, 'config', None)
+def _size_of(vit):
+    "Side or (H, W) of the images that a model is made for, if it says so somewhere"
+    config = getattr(vit, 'config', None)
     config = getattr(config, 'vision_config', config)
-    size = getattr(getattr(self.vit, 'patch_embed', config), 'img_size', None)
-    size = size or getattr(config, 'image_size', None) or 224
-    return (size, size) if isinstance(size, int) else tuple(size)
+    found = (getattr(part, name, None) for name in ('img_size', 'image_size')
+             for part in (getattr(vit, 'patch_embed', None), config, vit))
+    return next(filter(None, found), 224)
 
 @patch
 @torch.no_grad()
 def _look(self:Budgeted):
-    "Run an image through: where are its tokens, and do the blocks take fewer of them?"
-    cells, convs = [], [m for m in self.vit.modules() if isinstance(m, nn.Conv2d)]
-    hooks = [m.register_forward_hook(lambda m, x, y: cells.append(y.shape[2:].numel()))
-             for m in convs]
-    try:
-        with evaluating(self.vit):
-            self.in_chans = convs[0].in_channels
-            image = convs[0].weight.new_zeros(1, self.in_chans, *self.image_size)
-            try:
-                with _Pass(self, []): self.vit(image)
-            except _Stop as stop: h = stop.args[0]
-            (_, n, D), self.n_tokens = h.shape, cells[-1]
-            self.num_prefix_tokens = n - self.n_tokens
-            self.scorer = Scorer(D, self.hidden, 'select').to(h)
-            self.rest = RestToken(D).to(h)
-            for part in (self.scorer.mlp[-1], self.rest.write): nn.init.zeros_(part.bias)
-            nn.init.zeros_(self.scorer.mlp[-1].weight); nn.init.eye_(self.rest.write.weight)
-            if self.num_prefix_tokens < 0: raise ValueError(f'{n} tokens')
-            self(image, TopK(1))
-    finally:
-        for hook in hooks: hook.remove()
+    "Run images through: where are their tokens, and do the blocks take fewer of them?"
+    conv = next((m for m in self.vit.modules() if isinstance(m, nn.Conv2d)), None)
+    self.in_chans = conv.in_channels if conv else 3
+    shape, like = (1, self.in_chans, *self.image_size), next(self.vit.parameters())
+    first, second = (torch.rand(shape).to(like) for _ in range(2))
+    with evaluating(self.vit):
+        after, self.after = self.after, 0
+        a, b = self._hidden(first), self._hidden(second)
+        same = (a == b).all(-1)[0]  # tokens that know nothing of the image
+        n, p = same.shape[0], int(same.sum()); self.after = after
+        if len(a) > 1 or p == n or not same[:p].all():
+            raise ValueError(f'hidden states {tuple(a.shape)}, {p} of them without image; '
+                             'expected (B, N, D), class and register tokens first')
+        self.num_prefix_tokens, self.n_tokens = p, n - p
+        self.scorer = Scorer(a.shape[2], self.hidden, 'select').to(a)
+        self.rest = RestToken(a.shape[2]).to(a)
+        for part in (self.scorer.mlp[-1], self.rest.write): nn.init.zeros_(part.bias)
+        nn.init.zeros_(self.scorer.mlp[-1].weight); nn.init.eye_(self.rest.write.weight)
+        self(first, TopK(1))
 
 # %% ../nbs/18_budget.ipynb #e96a2ea7
 @patch
@@ -240,9 +250,15 @@ def embed(self:Budgeted,
     x:Tensor  # (B, C, H, W) images
 )->Tokens:  # (B, N, D), with scores
     "All tokens after the first blocks, without class and register tokens"
+    return self.scored(self._hidden(x))
+
+@patch
+def _hidden(self:Budgeted, x):
+    "What block `after` reads"
     try:
         with _Pass(self, []): self.vit(x)
-    except _Stop as stop: return self.scored(stop.args[0])
+    except _Stop as stop: return stop.args[0]
+    raise ValueError('images that do not come to the blocks')
 
 @patch
 def scored(self:Budgeted,
@@ -266,7 +282,9 @@ def reduce(self:Budgeted,
 def _logits(out):
     "Of a model's answer; the mean of two heads"
     if isinstance(out, Tensor): return out
-    if not isinstance(out, Mapping): return sum(out)/len(out)
+    if not isinstance(out, Mapping):
+        if len({o.shape for o in out}) == 1 and out[0].ndim == 2: return sum(out)/len(out)
+        raise ValueError('keep: got a list; accepted: one budget, as the model gives a tuple')
     return next(out[k] for k in ('logits', 'pooler_output', 'last_hidden_state')
                 if out.get(k) is not None)
 
@@ -274,25 +292,27 @@ def _logits(out):
 def forward(self:Budgeted,
     x:Tensor|Mapping=None,  # (B, C, H, W) images, or the model's own arguments
     keep:TopK|TopP|None|list|str='default',  # budget; None: all; 'default': model.keep
-    dense:bool=False,  # whole grids behind every block, not only the last
     **kw  # the model's own arguments
 ):  # the model's answer; of a list of n budgets the logits, (n, B, num_classes)
     "What the model says at this budget; several share the first blocks"
     if isinstance(x, Mapping): x, kw = None, {**x, **kw}
     several = isinstance(keep, (list, tuple))
     keeps = [resolve_keep(k, self.keep) for k in (keep if several else [keep])]
+    check_number('after, budgets', min(len(self.blocks) - 1 - self.after, self.after,
+                 len(keeps) - 1), 'a block that there is; at least one', lambda n: n >= 0)
     if several and any(getattr(m, name, False) for m in self.vit.modules()
                        for name in ('grad_checkpointing', 'gradient_checkpointing')):
         return torch.stack([_logits(self(x, k, **kw)) for k in keeps])
+    dense = self.dense or kw.get('output_hidden_states')
     with _Pass(self, keeps, dense): out = self.vit(*[x]*(x is not None), **kw)
     if not several: return out
     y = _logits(out)
     return y.view(len(keeps), len(y)//len(keeps), *y.shape[1:])
 
 @patch
-def using(self:Budgeted, keep:TopK|TopP|None, dense:bool=True):
-    "A context in which `model.vit` itself, whatever is called of it, has this budget"
-    return _Pass(self, [resolve_keep(keep, self.keep)], dense)
+def using(self:Budgeted, keep:TopK|TopP|None='default'):
+    "A context in which `model.vit` has this budget, and whole grids behind every block"
+    return _Pass(self, [resolve_keep(keep, self.keep)], True)
 
 # %% ../nbs/18_budget.ipynb #5b0c0009
 @patch
@@ -359,7 +379,7 @@ def teach(
     "Train a model for its budgets"
     if not isinstance(model, Budgeted):
         raise ValueError(f'model: got {type(model).__name__}; accepted: what budgeted returns')
-    told = model.after, lr, freeze, schedule, weight, wd, precision
+    told = model.after, epochs, lr, freeze, schedule, weight, wd, precision
     cbs = [SelfDistillation(schedule, weight), *[BFloat16()]*(precision == 'bfloat16')]
     learns = [p.requires_grad for p in model.vit.parameters()]
     if freeze: model.vit.requires_grad_(False); cbs.append(_Still())

@@ -56,7 +56,8 @@ class TopK:
     )->Tensor:  # (B, N) bool, the kept tokens
         "The tokens to keep"
         if not isinstance(self.k, tuple): n = min(self.k, scores.shape[1])
-        elif len(self.k) == len(scores): n = torch.tensor(self.k).to(mask.device)[:, None]
+        elif len(self.k) == len(scores) and not torch.compiler.is_exporting():
+            n = torch.tensor(self.k).to(mask.device)[:, None]
         else: raise ValueError(f'k: got {len(self.k)} numbers for {len(scores)} images; '
                                'accepted: one, or one for each image')
         return _keep_first(_ranked(scores, mask)[1], n, mask)

@@ -6,7 +6,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/training.html.md""
 
 # %% auto #0
 __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'distillation_loss', 'budget_loss', 'RandomBudget',
-           'SelfDistillation', 'autocast', 'BFloat16', 'OnDevice', 'SmoothLoss', 'AdamW', 'spared_decay',
+           'SelfDistillation', 'autocast', 'BFloat16', 'Batches', 'OnDevice', 'SmoothLoss', 'AdamW', 'spared_decay',
            'create_learner']
 
 # %% ../nbs/13_training.ipynb #a473c7ad
@@ -188,14 +188,19 @@ class BFloat16(Callback):
         learn.model = once
 
 # %% ../nbs/13_training.ipynb #303f8064
-class _Batches:
+class Batches:
     "Batches of any iterable for fastai: (x, y), or dicts as of transformers"
-    rng = random.Random()
-    def __init__(self, batches): self.batches = batches
+    rng, bs, dataset = random.Random(), 'any size', ()
+    def __init__(self, batches, device='cpu'):
+        self.batches, self.device = batches, torch.device(device)
     def __len__(self): return len(self.batches)
     def __iter__(self):
         for b in self.batches:
-            yield (b['pixel_values'], b['labels']) if isinstance(b, Mapping) else tuple(b)
+            if isinstance(b, Mapping): b = b['pixel_values'], b['labels']
+            if isinstance(b, Tensor) or len(b) != 2:
+                raise ValueError(f'batches: got {type(b).__name__} of {len(b)}; accepted: '
+                                 '(x, y), or dicts with pixel_values and labels')
+            yield tuple(b)
 
 class OnDevice(AvgMetric):
     "fastai's mean of a metric, kept on the device"
@@ -246,7 +251,8 @@ def create_learner(
 )->Learner:
     "A fastai learner; a model without names for its classes takes those of the data"
     if not isinstance(dls, DataLoaders):
-        dls = DataLoaders(_Batches(dls), _Batches(()))
+        device = next(model.parameters()).device
+        dls = DataLoaders(Batches(dls, device), Batches((), device))
     check_batches(dls)
     if getattr(model, 'classes', 0) is None:
         vocab = getattr(dls, 'vocab', ())

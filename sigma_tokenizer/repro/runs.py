@@ -177,7 +177,7 @@ def _run_job(run, seed, config, data, fingerprint, holdout, device, out, deadlin
     if dataset.fingerprint != fingerprint:
         raise ValueError(f'data: {data} has changed since the command began')
     path = result_path(out, run, seed); checkpoint = path.with_suffix('.ckpt')
-    for part in Path(out).glob(f'.{path.stem}*.part'):  # of a killed process
+    for part in Path(out).glob(f'.{path.stem}.*part'):  # of a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     folder = path.with_suffix('') if weights else None
     done = run_once(run, config, seed, dataset, device, checkpoint, deadline, folder)
@@ -219,9 +219,10 @@ def reproduce(
                  out=str(out), deadline=deadline, weights=weights)
             for run, seed in todo]
     out.mkdir(parents=True, exist_ok=True)
-    for result in load_results(out):
-        _check_same(result, configs.get(result['run']), dataset, out)
-    return _all_runs(work, out)
+    def check():  # again and again: another process may write here too
+        for result in load_results(out):
+            _check_same(result, configs.get(result['run']), dataset, out)
+    return _all_runs(work, out, check)
 
 # %% ../../nbs/24_runs.ipynb #0fb5a72a
 def _check_same(result, config, data, out):
@@ -244,7 +245,7 @@ def _summary(out):
         for part in out.glob('.t*.part'): part.unlink()  # of a killed process
         return write_summary(out)
 
-def _all_runs(work, out):
+def _all_runs(work, out, check):
     "Do the runs that have no result yet, and that no other process is doing"
     start, failed = time.time(), []
     path = lambda job: result_path(out, job['run'], job['seed'])
@@ -256,7 +257,7 @@ def _all_runs(work, out):
     print(f'{len(work)} runs, {len(todo)} to do, on {work[0]["device"]}; '
           f'results in {out}', flush=True)
     for i, job in enumerate(todo, 1):
-        name = f'[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}'
+        check(); name = f'[{i}/{len(todo)}] {job["run"]}, seed {job["seed"]}'
         try:
             with FileLock(lock := path(job).with_suffix('.lock'), timeout=0):
                 if not is_done(job): print(f'\n{name}', flush=True); _run_job(**job)
@@ -271,6 +272,7 @@ def _all_runs(work, out):
         print('\n'.join(['', *table_lines(table)]), flush=True)
         try: _summary(out)
         except OSError as e: print(f'no table yet: {e}', flush=True)  # open elsewhere?
+    check()
     if failed: raise RuntimeError('; '.join(failed))
     left = [f'{job["run"]} (seed {job["seed"]})' for job in work if not is_done(job)]
     table = _summary(out) if load_results(out) else result_table([])
