@@ -106,8 +106,8 @@ def extras(self:_Pass, x, kw):
         kw['position_embeddings'] = tuple(_rotations(r, at, [v]*r.shape[-1])
                                           for r, v in zip(rope, (1., 0.)))
     name = next((n for n in ('attn_mask', 'attention_mask') if n in m.names), None)
-    # for an export, transformers makes a mask of nothing
     if kw.get(name) is not None and not torch.compiler.is_exporting():
+        # (for an export, transformers makes a mask of nothing)
         raise ValueError(f'{name}: got one beside a budget; accepted: one of the two')
     if name: kw[name] = None
     if short.padded:
@@ -185,9 +185,7 @@ class Budgeted(nn.Module):
     ):
         super().__init__()
         check_int('after', after, 0); check_keep(keep)
-        if any(isinstance(m, Budgeted) for m in vit.modules()):
-            raise ValueError('vit: got a model that has a budget; accepted: a model '
-                             'without (`model.after` moves the budget)')
+        if isinstance(vit, Budgeted): raise ValueError('vit: got one that has a budget')
         self.vit, self.blocks = vit, (*find_blocks(vit),)
         check_number('after', after, f'0 to {len(self.blocks) - 1}, as the model has '
                      f'{len(self.blocks)} blocks', lambda a: a < len(self.blocks))
@@ -261,9 +259,7 @@ def _hidden(self:Budgeted, x):
     raise ValueError('images that do not come to the blocks')
 
 @patch
-def scored(self:Budgeted,
-    x:Tensor  # (B, prefix + N, D), what block `after` reads
-)->Tokens:  # (B, N, D)
+def scored(self:Budgeted, x:Tensor)->Tokens:
     "Tokens with scores; equal ones are spread over the grid by an R2 sequence"
     t = self.scorer(full_tokens(x[:, self.num_prefix_tokens:]))
     i = torch.arange(t.x.shape[1], device=x.device); w = math.isqrt(len(i))
@@ -271,11 +267,8 @@ def scored(self:Budgeted,
     return t.replace(scores=torch.lerp(t.scores, spread.to(t.scores), 2**-8))
 
 @patch
-def reduce(self:Budgeted,
-    t:Tokens,  # of embed
-    keep:TopK|TopP|None  # the budget
-)->Tokens:
-    "The tokens that this budget keeps, and the rest token"
+def reduce(self:Budgeted, t:Tokens, keep:TopK|TopP|None)->Tokens:
+    "The tokens of `embed` that this budget keeps, and the rest token"
     return self.rest(t, keep)
 
 # %% ../nbs/18_budget.ipynb #7e889e77
@@ -333,24 +326,18 @@ def get_extra_state(self:Budgeted): return torch.tensor(self.after)
 @patch
 def set_extra_state(self:Budgeted, after):
     if after != self.after:
-        raise ValueError(f'after: got the state of a model with {after}; '
-                         f'accepted: {self.after}, as here')
+        raise ValueError(f'after: got a state with {after}; accepted: {self.after}')
 
 @patch
-def save_pretrained(self:Budgeted,
-    folder:str|Path  # made if it is not there
-):
+def save_pretrained(self:Budgeted, folder:str|Path):
     "Write the weights, those of the ViT too, and the arguments of `budgeted`"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     save_model(self, folder/'model.safetensors')
     (folder/'budget.json').write_text(json.dumps(self.about))
 
 @patch(cls_method=True)
-def from_pretrained(cls:Budgeted,
-    folder:str|Path,
-    vit:nn.Module  # the same model, with any weights
-)->Budgeted:  # in evaluation mode
-    "What `save_pretrained` wrote"
+def from_pretrained(cls:Budgeted, folder:str|Path, vit:nn.Module)->Budgeted:
+    "What `save_pretrained` wrote, in evaluation mode; `vit` has any weights"
     about = json.loads((Path(folder)/'budget.json').read_text())
     if keep := about['keep']: keep = (TopK if 'k' in keep else TopP)(**keep)
     model = cls(vit, about['after'], about['hidden'], keep)
@@ -379,14 +366,14 @@ def teach(
     "Train a model for its budgets"
     if not isinstance(model, Budgeted):
         raise ValueError(f'model: got {type(model).__name__}; accepted: what budgeted returns')
-    told = model.after, epochs, lr, freeze, schedule, weight, wd, precision
     cbs = [SelfDistillation(schedule, weight), *[BFloat16()]*(precision == 'bfloat16')]
     learns = [p.requires_grad for p in model.vit.parameters()]
     if freeze: model.vit.requires_grad_(False); cbs.append(_Still())
     try:
         learn = create_learner(model, batches, wd, cbs)
         return train(learn, epochs, lr, 'one_cycle', path=path,
-                     settings=f'{told} {len(learn.dls.train)} batches')
+                     settings=str((model.after, epochs, lr, freeze, schedule, weight, wd,
+                                   precision, len(learn.dls.train))))
     finally:
         for p, l in zip(model.vit.parameters(), learns): p.requires_grad_(l)
         model.eval()

@@ -37,8 +37,7 @@ class RestToken(nn.Module):
         short, n = gather_kept(t, kept, keep.most(t)), dropped.sum(1, keepdim=True)
         exporting = torch.compiler.is_exporting()
         if isinstance(keep, TopK) and min(keep.ks, default=0) >= t.x.shape[1]: return short
-        # every image drops some: a GPU need not be waited for
-        known = isinstance(keep, TopK) and keep.most(t) is not None and not t.padded
+        known = isinstance(keep, TopK) and keep.most(t) is not None and not t.padded  # no wait
         if not (exporting or known or n.any()): return short
         weights = t.scores*dropped; total = weights.sum(1, keepdim=True)
         weights = weights/total.clamp(min=1e-12)

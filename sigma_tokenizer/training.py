@@ -251,8 +251,7 @@ def create_learner(
 )->Learner:
     "A fastai learner; a model without names for its classes takes those of the data"
     if not isinstance(dls, DataLoaders):
-        device = next(model.parameters()).device
-        dls = DataLoaders(Batches(dls, device), Batches((), device))
+        dls = DataLoaders(*(Batches(b, next(model.parameters()).device) for b in (dls, ())))
     check_batches(dls)
     if getattr(model, 'classes', 0) is None:
         vocab = getattr(dls, 'vocab', ())

@@ -265,11 +265,6 @@ def n_tokens(self:VisionTransformer)->int:
     "Tokens of an image of the size that the tokenizer is for, without the class token"
     return self.tokenizer.n_tokens
 
-@patch
-def get_classifier(self:VisionTransformer)->nn.Module:
-    "The head; nn.Identity if there is none"
-    return self.head
-
 # %% ../nbs/09_vit.ipynb #8ea0e371
 @patch
 def no_weight_decay(self:VisionTransformer)->set[str]:

@@ -231,7 +231,7 @@ def gradient_accumulation(m):
 
 @case
 def only_the_head_trains(m):
-    m.requires_grad_(False); m.get_classifier().requires_grad_(True); loss(m).backward()
+    m.requires_grad_(False); m.head.requires_grad_(True); loss(m).backward()
     assert [*map(has_gradient, m.parameters())] == [p.requires_grad for p in m.parameters()]
 
 @case
