@@ -190,9 +190,7 @@ def image_loaders(
     return DataLoaders(train, valid, device=torch.device(device))
 
 # %% ../nbs/12_data.ipynb #53a24f5f
-def check_batches(
-    dls:DataLoaders  # fastai's drop the last incomplete batch of training
-):
+def check_batches(dls:DataLoaders):
     "Raise a `ValueError` unless an epoch of training has a batch"
     with suppress(TypeError):  # a stream has no length
         if not len(dls.train):

@@ -49,18 +49,14 @@ def list_pretrained()->list[str]:
     "The trained models that come with the package"
     return sorted(p.name for p in _trained.iterdir() if p.is_dir())
 
-def tokenizer_class(
-    name:str  # one of list_models()
-)->type:
-    "The class of that model's tokenizer"
+def tokenizer_class(name:str)->type:
+    "The class of a model's tokenizer, by a name of `list_models`"
     if name not in list_models():
         raise ValueError(f'name: got {name!r}; accepted: {", ".join(list_models())}')
     return _tokenizers[name.rsplit('_', name in _scored)[0]]
 
-def has_scores(
-    name:str  # one of list_models()
-)->bool:
-    "Does that model score its tokens, so that any budget works?"
+def has_scores(name:str)->bool:
+    "Does the model of that name score its tokens, so that any budget works?"
     return name in _scored or getattr(tokenizer_class(name), 'scored', False)
 
 # %% ../nbs/10_models.ipynb #e4ff15da

@@ -9,11 +9,13 @@ __all__ = ['default_cfgs']
 
 # %% ../nbs/11_timm.ipynb #ec433e30
 import json
+from fastcore.basics import patch
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as e:
     raise ImportError("timm_models needs timm>=1.0.16: "
                       "pip install 'sigma_tokenizer[timm]'") from e
+from .vit import VisionTransformer
 from .models import (SigmaModel, _trained, create_model, has_scores,
                                     list_models, list_pretrained, tokenizer_class)
 
@@ -72,3 +74,10 @@ def _entry(entry, name, size):
     return register_model(make)
 
 for entry, (name, size) in _names.items(): _entry(entry, name, size)
+
+# %% ../nbs/11_timm.ipynb #11bb0002
+@patch
+def group_matcher(self:VisionTransformer, coarse:bool=False)->dict:
+    "What belongs to which layer, for timm's layer-wise learning rates"
+    return dict(stem=r'^cls_token|^pos_embed|^tokenizer|^scorer|^reduction',
+                blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])

@@ -53,10 +53,8 @@ def pick(
     return pd.concat(parts).reset_index(drop=True)
 
 # %% ../../nbs/23_tables.ipynb #52fd9b22
-def table_lines(
-    table:pd.DataFrame  # result_table
-)->list[str]:  # two lines of header, then one for each row
-    "The table in Markdown"
+def table_lines(table:pd.DataFrame)->list[str]:  # two of header, then one for each row
+    "A result_table in Markdown"
     t = table.drop(columns=['run', 'budget', 'std', 'seeds']).astype(object)
     t = t.where(t.notna(), None).rename(columns={
         'mean_length': 'mean length with class token', 'f1': 'F1',
@@ -169,9 +167,7 @@ def plot_tokens(
     return fig
 
 # %% ../../nbs/23_tables.ipynb #9eca4ed4
-def write_summary(
-    out:str|Path  # a folder of result files
-)->pd.DataFrame:  # result_table
+def write_summary(out:str|Path)->pd.DataFrame:  # result_table
     "Write `table.md`, `table.csv` and `tokens_vs_accuracy.png` beside the result files"
     out, results = Path(out), load_results(out)
     table, size = result_table(results), results[0]['config']['model']['image_size']
