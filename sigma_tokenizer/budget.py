@@ -340,7 +340,7 @@ def from_pretrained(cls:Budgeted, folder:str|Path, vit:nn.Module)->Budgeted:
     "What `save_pretrained` wrote, in evaluation mode; `vit` has any weights"
     about = json.loads((Path(folder)/'budget.json').read_text())
     if keep := about['keep']: keep = (TopK if 'k' in keep else TopP)(**keep)
-    model = cls(vit, about['after'], about['hidden'], keep)
+    model = cls(vit, about['after'], about['hidden'], keep, tuple(about['image_size']))
     load_model(model, Path(folder)/'model.safetensors')
     return model.eval()
 
