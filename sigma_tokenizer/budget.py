@@ -8,7 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/budget.html.md"""
 __all__ = ['budgeted', 'find_blocks', 'Budgeted', 'teach']
 
 # %% ../nbs/18_budget.ipynb #ed368ea0
-import json, math
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .tokens import Tokens, check_int, check_number, full_tokens
 from .select import TopK, TopP, check_keep, resolve_keep
 from .score import Scorer
-from .reduce import RestToken
+from .reduce import RestGrid
 from .training import (BFloat16, BudgetSchedule, SelfDistillation,
                                       create_learner)
 from .checkpoint import train
@@ -57,7 +57,7 @@ class _Pass:
     def __init__(self, model, keeps, dense=False, t=None):
         self.model, self.keeps, self.dense, self.t = model, keeps, dense, t
         self.short, self.calls, self.was = None, [], []
-        self.p, self.grad = model.num_prefix_tokens, torch.is_grad_enabled()
+        self.p, self.grad, self.grid = model.num_prefix_tokens, torch.is_grad_enabled(), ()
 
     def __enter__(self):
         self.was.append(_state.now); _state.now = self
@@ -68,16 +68,20 @@ class _Pass:
 
     def shorten(self, x):
         "Score the tokens, take what the budget keeps, note what goes where"
-        t = self.model.scored(x) if self.t is None else self.t
+        t = self.model.scored(x, self.grid) if self.t is None else self.t
         if len(self.keeps) > 1: self.t = t
         short, n = self.model.reduce(t, self.keeps[0]), t.x.shape[1]
         self.short = None if short is t else short.replace(x=None, scores=None)
         if self.short:
-            at = torch.where(short.mask & (short.position >= 0), short.position, n)
-            index = torch.arange(at.shape[1], device=at.device).expand_as(at)
-            self.whole = at.new_zeros(at.shape[0], n + 1).scatter(1, at, index)[:, :n]
-            dropped = (self.whole == 0).int().argmax(1, keepdim=True)  # any one
-            self.again = torch.where(at < n, at, dropped)
+            new, pos = partial(torch.tensor, device=x.device), short.position
+            cell, middle = map(new, self.model.rest.cells_of(t.grid))
+            c = len(middle); index = torch.arange(pos.shape[1], device=x.device)
+            at = torch.where(short.mask & (pos >= 0), pos, n)
+            whole = F.pad(cell, (0, 1)).expand(x.shape[0], -1)  # where each token finds itself
+            self.whole = whole.scatter(1, at, index.expand_as(at))[:, :n]
+            found = self.whole[:, None] == index[:c, None]
+            self.again = torch.cat([found.int().argmax(2), pos[:, c:]], 1)
+            self.turns = torch.cat([middle.expand(x.shape[0], -1), pos[:, c:]], 1)
         self.rows = self.p + short.x.shape[1]
         return torch.cat([x[:, :self.p], short.x], 1)
 
@@ -87,10 +91,9 @@ class _Pass:
         return torch.cat([x[:, :self.p], x[:, self.p:].gather(1, index)], 1)
 
 # %% ../nbs/18_budget.ipynb #12519b4f
-def _rotations(table, position, still):
-    "Rows of a rotary table ((heads,) N, d) for positions (B, n); `still` at -1"
-    still = table.new_tensor(still).expand(*table.shape[:-2], 1, -1)
-    found = torch.cat([table, still], -2)[..., position, :]
+def _rotations(table, position):
+    "Rows of a rotary table ((heads,) N, d) for positions (B, n)"
+    found = table[..., position, :]
     return found[:, None] if table.ndim == 2 else found.transpose(0, 1)
 
 @patch
@@ -98,13 +101,10 @@ def extras(self:_Pass, x, kw):
     "A block's other arguments, for the short sequence `x`"
     m, short = self.model, self.short
     if short is None: return kw
-    at, kw = short.position, dict(kw)
-    if (rope := kw.get('rope')) is not None:  # timm: sines, then cosines
-        half = rope.shape[-1]//2
-        kw['rope'] = _rotations(rope, at, [0.]*half + [1.]*half)
+    at, kw = self.turns, dict(kw)
+    if (rope := kw.get('rope')) is not None: kw['rope'] = _rotations(rope, at)  # timm
     if rope := kw.get('position_embeddings'):  # transformers: cosines and sines
-        kw['position_embeddings'] = tuple(_rotations(r, at, [v]*r.shape[-1])
-                                          for r, v in zip(rope, (1., 0.)))
+        kw['position_embeddings'] = tuple(_rotations(r, at) for r in rope)
     name = next((n for n in ('attn_mask', 'attention_mask') if n in m.names), None)
     if kw.get(name) is not None and not torch.compiler.is_exporting():
         # (for an export, transformers makes a mask of nothing)
@@ -167,6 +167,11 @@ def _pass_of(tag, args, kw):
         run = _marks(args[0] if args else next(iter(kw.values()))).get('sigma')
     return run if run and run.model.tag is tag else None
 
+def _grid(tag, conv, args, y):
+    "The grid of tokens is the shape of the last convolution's output"
+    run = _state.now
+    if run and run.model.tag is tag: run.grid = tuple(y.shape[2:])
+
 def _before(tag, i, block, args, kw):
     if run := _pass_of(tag, args, kw): return run.before(i, block, args, kw)
 
@@ -175,10 +180,11 @@ def _behind(tag, i, block, args, kw, y):
 
 # %% ../nbs/18_budget.ipynb #5b0c0007
 class Budgeted(nn.Module):
-    "A ViT, and beside it a scorer and a rest token"
+    "A ViT, and beside it a scorer and rest tokens"
     def __init__(self,
         vit:nn.Module,  # trained: of timm, of transformers, or your own
         after:int,  # blocks that see all tokens, 0 to depth - 1
+        cells:int=4,  # a rest token for each of cells x cells parts of the image
         hidden:int=128,  # hidden width of the scorer
         keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all
         image_size:int|tuple[int, int]=None  # side or (H, W), in pixels; None: as it says
@@ -189,7 +195,7 @@ class Budgeted(nn.Module):
         self.vit, self.blocks = vit, (*find_blocks(vit),)
         check_number('after', after, f'0 to {len(self.blocks) - 1}, as the model has '
                      f'{len(self.blocks)} blocks', lambda a: a < len(self.blocks))
-        self.after, self.hidden, self.keep = after, hidden, keep
+        self.after, self.cells, self.hidden, self.keep = after, cells, hidden, keep
         self.num_prefix_tokens = 0  # `_look` finds them
         # a backbone reads what is between the blocks
         self.dense = any(hasattr(m, 'out_indices') for m in vit.modules())
@@ -202,6 +208,8 @@ class Budgeted(nn.Module):
             before, behind = (partial(f, self.tag, i) for f in (_before, _behind))
             hooks += [b.register_forward_pre_hook(before, with_kwargs=True),
                       b.register_forward_hook(behind, with_kwargs=True, prepend=True)]
+        hooks += [m.register_forward_hook(partial(_grid, self.tag))
+                  for m in vit.modules() if isinstance(m, nn.Conv2d)]
         try: self._look()
         except Exception as e:
             for hook in hooks: hook.remove()
@@ -229,18 +237,17 @@ def _look(self:Budgeted):
     first, second = (torch.rand(shape).to(like) for _ in range(2))
     with evaluating(self.vit):
         after, self.after = self.after, 0
-        a, b = self._hidden(first), self._hidden(second)
-        same = (a == b).all(-1)[0]  # tokens that know nothing of the image
-        n, p = same.shape[0], int(same.sum()); self.after = after
-        if len(a) > 1 or p == n or not same[:p].all():
+        a, b = self._hidden(first)[0], self._hidden(second)[0]
+        same = (a == b).all(-1)[0].flatten()  # tokens that know nothing of the image
+        n, p = len(same), int(same.sum()); self.after = after
+        if a.ndim != 3 or len(a) > 1 or p == n or not same[:p].all():
             raise ValueError(f'hidden states {tuple(a.shape)}, {p} of them without image; '
                              'expected (B, N, D), class and register tokens first')
         self.num_prefix_tokens, self.n_tokens = p, n - p
         self.scorer = Scorer(a.shape[2], self.hidden, 'select').to(a)
-        self.rest = RestToken(a.shape[2]).to(a)
-        for part in (self.scorer.mlp[-1], self.rest.write): nn.init.zeros_(part.bias)
-        nn.init.zeros_(self.scorer.mlp[-1].weight); nn.init.eye_(self.rest.write.weight)
-        self(first, TopK(1))
+        self.rest = RestGrid(a.shape[2], self.cells).to(a)
+        for p in self.scorer.mlp[-1].parameters(): nn.init.zeros_(p)
+        self(first, TopK(0))
 
 # %% ../nbs/18_budget.ipynb #e96a2ea7
 @patch
@@ -248,27 +255,35 @@ def embed(self:Budgeted,
     x:Tensor  # (B, C, H, W) images
 )->Tokens:  # (B, N, D), with scores
     "All tokens after the first blocks, without class and register tokens"
-    return self.scored(self._hidden(x))
+    return self.scored(*self._hidden(x))
 
 @patch
 def _hidden(self:Budgeted, x):
-    "What block `after` reads"
+    "What block `after` reads, and the grid of its tokens"
+    run = _Pass(self, [])
     try:
-        with _Pass(self, []): self.vit(x)
-    except _Stop as stop: return stop.args[0]
+        with run: self.vit(x)
+    except _Stop as stop: return stop.args[0], run.grid
     raise ValueError('images that do not come to the blocks')
 
 @patch
-def scored(self:Budgeted, x:Tensor)->Tokens:
+def scored(self:Budgeted, x:Tensor, grid:tuple[int, int])->Tokens:
     "Tokens with scores; equal ones are spread over the grid by an R2 sequence"
-    t = self.scorer(full_tokens(x[:, self.num_prefix_tokens:]))
-    i = torch.arange(t.x.shape[1], device=x.device); w = math.isqrt(len(i))
+    x = x[:, self.num_prefix_tokens:]; h, w = grid = self._fit(grid, x.shape[1])
+    i = torch.arange(h*w, device=x.device); t = self.scorer(full_tokens(x, grid))
     spread = (i//w*.5698403 + i%w*.7548777) % 1
     return t.replace(scores=torch.lerp(t.scores, spread.to(t.scores), 2**-8))
 
 @patch
+def _fit(self:Budgeted, grid, n):
+    "This grid if it has n tokens; else one as high and wide as the images, or a row"
+    if len(grid) == 2 and grid[0]*grid[1] == n: return grid
+    H, W = self.image_size; h = max(1, round((n*H/W)**.5))
+    return (h, n//h) if n % h == 0 else (1, n)
+
+@patch
 def reduce(self:Budgeted, t:Tokens, keep:TopK|TopP|None)->Tokens:
-    "The tokens of `embed` that this budget keeps, and the rest token"
+    "The tokens of `embed` that this budget keeps, and before them the rest tokens"
     return self.rest(t, keep)
 
 # %% ../nbs/18_budget.ipynb #7e889e77
@@ -317,16 +332,17 @@ def no_weight_decay(self:Budgeted)->set[str]:
 def about(self:Budgeted)->dict:
     "What a saved or exported file says of the model"
     return dict(name=type(self.vit).__name__, image_size=[*self.image_size],
-                in_chans=self.in_chans, after=self.after, hidden=self.hidden,
-                keep=self.keep and asdict(self.keep))
+                in_chans=self.in_chans, after=self.after, cells=self.cells,
+                hidden=self.hidden, keep=self.keep and asdict(self.keep))
 
 @patch
-def get_extra_state(self:Budgeted): return torch.tensor(self.after)
+def get_extra_state(self:Budgeted): return torch.tensor([self.after, self.cells])
 
 @patch
-def set_extra_state(self:Budgeted, after):
-    if after != self.after:
-        raise ValueError(f'after: got a state with {after}; accepted: {self.after}')
+def set_extra_state(self:Budgeted, state):
+    got, mine = state.tolist(), [self.after, self.cells]
+    if got != mine:
+        raise ValueError(f'after, cells: got a state with {got}; accepted: {mine}')
 
 @patch
 def save_pretrained(self:Budgeted, folder:str|Path):
@@ -340,7 +356,8 @@ def from_pretrained(cls:Budgeted, folder:str|Path, vit:nn.Module)->Budgeted:
     "What `save_pretrained` wrote, in evaluation mode; `vit` has any weights"
     about = json.loads((Path(folder)/'budget.json').read_text())
     if keep := about['keep']: keep = (TopK if 'k' in keep else TopP)(**keep)
-    model = cls(vit, about['after'], about['hidden'], keep, tuple(about['image_size']))
+    model = cls(vit, about['after'], about['cells'], about['hidden'], keep,
+                tuple(about['image_size']))
     load_model(model, Path(folder)/'model.safetensors')
     return model.eval()
 
@@ -357,7 +374,7 @@ def teach(
     epochs:int=2,
     lr:float=3e-4,  # peak learning rate, of one cycle
     freeze:bool=False,  # train only the scorer and the rest token
-    schedule:BudgetSchedule=BudgetSchedule(full=0.),  # the lengths to train at
+    schedule:BudgetSchedule=BudgetSchedule(0, full=0.),  # the lengths to train at
     weight:float=1.,  # share of the full pass's answer, not the label, for the short pass
     wd:float=.05,  # weight decay
     precision:str='float32',  # of the forward pass: 'float32' or 'bfloat16'

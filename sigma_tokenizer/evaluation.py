@@ -17,7 +17,7 @@ from .data import check_batches  # before fastai: it silences a warning
 from fastai.data.core import DataLoaders
 from .tokens import check_int, check_number
 from .select import TopK, TopP
-from .reduce import RestToken
+from .reduce import RestGrid, RestToken
 from .vit import VisionTransformer
 from .training import Batches, autocast
 
@@ -88,7 +88,7 @@ def _for_time(model, x, latency_ms):
         rounds = in_turns(calls, max(1, min(15, int(seconds/once))))
         return [median(ms) for ms in rounds.values()]
     rest = getattr(model, 'rest', getattr(model, 'reduction', None))
-    least = 0 if isinstance(rest, RestToken) else 1
+    least = 0 if isinstance(rest, (RestToken, RestGrid)) else 1
     ks = sorted({max(least, n*i//8) for i in range(9)})
     times = np.maximum.accumulate(measure(ks, 2))
     check_number('latency_ms', latency_ms, f'at least {times[0]:.3g}, the time of '
