@@ -73,9 +73,9 @@ class _Pass:
         short, n = self.model.reduce(t, self.keeps[0]), t.x.shape[1]
         self.short = None if short is t else short.replace(x=None, scores=None)
         if self.short:
-            new, pos = partial(torch.tensor, device=x.device), short.position
-            cell, middle = map(new, self.model.rest.cells_of(t.grid))
-            c = len(middle); index = torch.arange(pos.shape[1], device=x.device)
+            cell, middle = self.model.rest.cells_of(t.grid, x.device)
+            pos, c = short.position, len(middle)
+            index = torch.arange(pos.shape[1], device=x.device)
             at = torch.where(short.mask & (pos >= 0), pos, n)
             whole = F.pad(cell, (0, 1)).expand(x.shape[0], -1)  # where each token finds itself
             self.whole = whole.scatter(1, at, index.expand_as(at))[:, :n]
@@ -185,7 +185,6 @@ class Budgeted(nn.Module):
         vit:nn.Module,  # trained: of timm, of transformers, or your own
         after:int,  # blocks that see all tokens, 0 to depth - 1
         cells:int=4,  # a rest token for each of cells x cells parts of the image
-        hidden:int=128,  # hidden width of the scorer
         keep:TopK|TopP|None=None,  # the budget when a call names none; None keeps all
         image_size:int|tuple[int, int]=None  # side or (H, W), in pixels; None: as it says
     ):
@@ -195,7 +194,7 @@ class Budgeted(nn.Module):
         self.vit, self.blocks = vit, (*find_blocks(vit),)
         check_number('after', after, f'0 to {len(self.blocks) - 1}, as the model has '
                      f'{len(self.blocks)} blocks', lambda a: a < len(self.blocks))
-        self.after, self.cells, self.hidden, self.keep = after, cells, hidden, keep
+        self.after, self.cells, self.keep = after, cells, keep
         self.num_prefix_tokens = 0  # `_look` finds them
         # a backbone reads what is between the blocks
         self.dense = any(hasattr(m, 'out_indices') for m in vit.modules())
@@ -244,7 +243,7 @@ def _look(self:Budgeted):
             raise ValueError(f'hidden states {tuple(a.shape)}, {p} of them without image; '
                              'expected (B, N, D), class and register tokens first')
         self.num_prefix_tokens, self.n_tokens = p, n - p
-        self.scorer = Scorer(a.shape[2], self.hidden, 'select').to(a)
+        self.scorer = Scorer(a.shape[2], effect='select').to(a)
         self.rest = RestGrid(a.shape[2], self.cells).to(a)
         for p in self.scorer.mlp[-1].parameters(): nn.init.zeros_(p)
         self(first, TopK(0))
@@ -269,24 +268,18 @@ def _hidden(self:Budgeted, x):
 @patch
 def scored(self:Budgeted, x:Tensor, grid:tuple[int, int])->Tokens:
     "Tokens with scores; equal ones are spread over the grid by an R2 sequence"
-    x = x[:, self.num_prefix_tokens:]; h, w = grid = self._fit(grid, x.shape[1])
-    i = torch.arange(h*w, device=x.device); t = self.scorer(full_tokens(x, grid))
+    x = x[:, self.num_prefix_tokens:]; n, (H, W) = x.shape[1], self.image_size
+    if len(grid) != 2 or grid[0]*grid[1] != n:  # no such convolution: as the images are
+        h = max(1, round((n*H/W)**.5)); grid = (h, n//h) if n % h == 0 else (1, n)
+    i, w, t = torch.arange(n, device=x.device), grid[1], self.scorer(full_tokens(x, grid))
     spread = (i//w*.5698403 + i%w*.7548777) % 1
     return t.replace(scores=torch.lerp(t.scores, spread.to(t.scores), 2**-8))
 
-@patch
-def _fit(self:Budgeted, grid, n):
-    "This grid if it has n tokens; else one as high and wide as the images, or a row"
-    if len(grid) == 2 and grid[0]*grid[1] == n: return grid
-    H, W = self.image_size; h = max(1, round((n*H/W)**.5))
-    return (h, n//h) if n % h == 0 else (1, n)
+@patch(as_prop=True)
+def reduce(self:Budgeted):
+    "(Tokens, budget) -> Tokens: what is kept, and before it the rest tokens"
+    return self.rest
 
-@patch
-def reduce(self:Budgeted, t:Tokens, keep:TopK|TopP|None)->Tokens:
-    "The tokens of `embed` that this budget keeps, and before them the rest tokens"
-    return self.rest(t, keep)
-
-# %% ../nbs/18_budget.ipynb #7e889e77
 def _logits(out):
     "Of a model's answer; the mean of two heads"
     if isinstance(out, Tensor): return out
@@ -306,8 +299,7 @@ def forward(self:Budgeted,
     if isinstance(x, Mapping): x, kw = None, {**x, **kw}
     several = isinstance(keep, (list, tuple))
     keeps = [resolve_keep(k, self.keep) for k in (keep if several else [keep])]
-    check_number('after, budgets', min(len(self.blocks) - 1 - self.after, self.after,
-                 len(keeps) - 1), 'a block that there is; at least one', lambda n: n >= 0)
+    check_int('budgets', len(keeps))
     if several and any(getattr(m, name, False) for m in self.vit.modules()
                        for name in ('grad_checkpointing', 'gradient_checkpointing')):
         return torch.stack([_logits(self(x, k, **kw)) for k in keeps])
@@ -333,7 +325,7 @@ def about(self:Budgeted)->dict:
     "What a saved or exported file says of the model"
     return dict(name=type(self.vit).__name__, image_size=[*self.image_size],
                 in_chans=self.in_chans, after=self.after, cells=self.cells,
-                hidden=self.hidden, keep=self.keep and asdict(self.keep))
+                keep=self.keep and asdict(self.keep))
 
 @patch
 def get_extra_state(self:Budgeted): return torch.tensor([self.after, self.cells])
@@ -356,8 +348,7 @@ def from_pretrained(cls:Budgeted, folder:str|Path, vit:nn.Module)->Budgeted:
     "What `save_pretrained` wrote, in evaluation mode; `vit` has any weights"
     about = json.loads((Path(folder)/'budget.json').read_text())
     if keep := about['keep']: keep = (TopK if 'k' in keep else TopP)(**keep)
-    model = cls(vit, about['after'], about['cells'], about['hidden'], keep,
-                tuple(about['image_size']))
+    model = cls(vit, about['after'], about['cells'], keep, tuple(about['image_size']))
     load_model(model, Path(folder)/'model.safetensors')
     return model.eval()
 

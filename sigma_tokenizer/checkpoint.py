@@ -19,7 +19,6 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from .tokens import check_int, check_number
-from .training import SmoothLoss
 
 # %% ../nbs/14_checkpoint.ipynb #7be76d9d
 class _NoValidation(Callback):
@@ -139,7 +138,6 @@ def train(
     done = log.load(learn, epochs)
     recorder = learn.recorder
     own = recorder.train_metrics, recorder.valid_metrics
-    recorder.smooth_loss = SmoothLoss()
     fit = learn.fit_one_cycle if schedule == 'one_cycle' else learn.fit
     if sys.stdout.isatty(): quiet = nullcontext(),
     else: quiet = learn.no_bar(), learn.no_logging()  # bars are for terminals

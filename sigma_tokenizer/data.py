@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # at each start of a program
     import fastai.layers
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import (Categorize, IntToFloatTensor, ItemGetter, Normalize,
-                                    ToTensor, Transform)
+                                    ToTensor)
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, imagenet_stats
 import fastai.vision.data  # how batches and results are shown
@@ -131,11 +131,6 @@ def random_resized_crop(
 _augmentations = dict(crop=random_crop, resized_crop=random_resized_crop)
 
 # %% ../nbs/12_data.ipynb #b9e5af1e
-class _OpenImage(Transform):
-    "fastai's image of an array, a file, or whatever else it opens"
-    input_types = object
-    def encodes(self, x): return PILImage.create(x)
-
 class _Loader(TfmdDL):
     "Whole batches on the device: (B, 3, M, M) float32 images and (B,) labels"
     def __init__(self, data, bs, train, normalize, device, augment):
@@ -153,7 +148,7 @@ class _Loader(TfmdDL):
         items = [dict(image=x, label=data.classes[y])
                  for x, y in zip(split.images, split.labels)]
         label = [ItemGetter('label'), Categorize(data.classes, sort=False)]
-        items = Datasets(items, [[ItemGetter('image'), _OpenImage()], label])
+        items = Datasets(items, [[ItemGetter('image'), PILImage.create], label])
         by_stats = Normalize.from_stats(*imagenet_stats, cuda=False)
         super().__init__(items, bs=bs, shuffle=train, num_workers=0, device=device,
                          drop_last=train and len(split) >= bs,

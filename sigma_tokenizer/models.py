@@ -36,9 +36,7 @@ _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer,
 _effects = dict(gated='multiply', weighted='attention')  # how a scorer's scores enter
 _scored = {f'{name}_{way}': effect for way, effect in _effects.items()
            for name in ('msvd', 'vit_conv', 'vit_cnn')}
-_reductions = {None: lambda dim: None, 'rest': RestToken,
-               'layer_rest': lambda dim: RestToken(dim, 128),
-               'pool': lambda dim: GridPool()}
+_reductions = {None: lambda dim: None, 'rest': RestToken, 'pool': lambda dim: GridPool()}
 _trained = files('sigma_tokenizer')/'weights'
 
 def list_models()->list[str]:
@@ -63,7 +61,7 @@ def has_scores(name:str)->bool:
 def _check_reduction(name, reduction, keep):
     scored, grid = has_scores(name), not tokenizer_class(name).square
     # means over cells have no scores
-    ways = [None, *(['pool']*grid if not scored else ['rest', 'layer_rest'])]
+    ways = [None, *(['rest'] if scored else ['pool']*grid)]
     if reduction in ways and (scored or reduction or not keep): return
     accepted = ', '.join(map(str, ways))
     if not scored: accepted += f', as the tokens of {name} have no scores'
@@ -103,7 +101,7 @@ class SigmaModel(
         num_heads:int=12,  # attention heads, a divisor of D
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of D
         drop_rate:float=.1,  # dropout inside the encoder
-        reduction:str|None=None,  # 'rest', 'layer_rest', 'pool'; None drops
+        reduction:str|None=None,  # 'rest', 'pool'; None drops
         keep:TopK|TopP|None=None,  # default budget; None keeps all tokens
         in_chans:int=3,  # channels C of the images
         classes:list[str]|None=None,  # names, in the order of the logits
@@ -140,12 +138,6 @@ def config(self:SigmaModel)->dict:
     return self._arguments | dict(
         num_classes=self.num_classes, depth=len(self.blocks),
         keep=self.keep and asdict(self.keep), classes=self.classes, normalize=self.normalize)
-
-@patch
-def reset_classifier(self:SigmaModel, num_classes, global_pool=None):
-    "A new head, untrained, for other classes"
-    super(SigmaModel, self).reset_classifier(num_classes, global_pool)
-    self.classes = None
 
 def create_model(
     name:str,  # one of list_models()

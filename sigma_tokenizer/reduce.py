@@ -9,7 +9,7 @@ __all__ = ['RestToken', 'RestGrid', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
 import math, torch, torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from .tokens import Tokens, check_int
 from .select import TopK, TopP, check_keep, gather_kept, keep_mask
 
@@ -17,16 +17,10 @@ from .select import TopK, TopP, check_keep, gather_kept, keep_mask
 class RestToken(nn.Module):
     "The kept tokens and, before them, one that sums up the dropped ones"
     def __init__(self,
-        embed_dim:int,  # width D of a token
-        hidden:int|None=None  # width of the layer before the mean, or None
+        embed_dim:int  # width D of a token
     ):
         super().__init__()
-        if hidden is not None:
-            check_int('hidden', hidden)
-            self.read = nn.Sequential(nn.LayerNorm(embed_dim),
-                                      nn.Linear(embed_dim, hidden), nn.GELU())
-        else: self.read = nn.Identity()
-        self.write = nn.Linear(hidden or embed_dim, embed_dim)
+        self.write = nn.Linear(embed_dim, embed_dim)
 
     def forward(self,
         t:Tokens,  # with scores, unless keep is None
@@ -41,7 +35,7 @@ class RestToken(nn.Module):
         if not (exporting or known or n.any()): return short
         weights = t.scores*dropped; total = weights.sum(1, keepdim=True)
         weights = weights/total.clamp(min=1e-12)
-        rest = self.write(weights[:, None].to(t.x.dtype) @ self.read(t.x))
+        rest = self.write(weights[:, None].to(t.x.dtype) @ t.x)
         padded = not known and (exporting or short.padded or not bool(n.all()))
         return Tokens(torch.cat([rest, short.x], 1), torch.cat([n > 0, short.mask], 1),
                       torch.cat([total, short.scores], 1),
@@ -60,21 +54,24 @@ class RestGrid(nn.Module):
         nn.init.eye_(self.write.weight); nn.init.zeros_(self.write.bias)  # the mean
 
     def cells_of(self,
-        grid:tuple[int, int]  # rows and columns of tokens
-    )->tuple[list[int], list[int]]:  # the cell of each token; the middle token of each cell
+        grid:tuple[int, int],  # rows and columns of tokens
+        device:torch.device=None
+    )->tuple[Tensor, Tensor]:  # (N,) the cell of each token; (c,) the middle token of each
         "Where the cells lie"
+        h, w = (torch.arange(side, device=device) for side in grid)
         rows, cols = (min(self.cells, max(1, side//2)) for side in grid)
-        (h, w), at = grid, lambda i, n, side: (2*i + 1)*side//(2*n)
-        return ([i*rows//h*cols + j*cols//w for i in range(h) for j in range(w)],
-                [at(i, rows, h)*w + at(j, cols, w) for i in range(rows) for j in range(cols)])
+        r, c = ((2*torch.arange(n, device=device) + 1)*side//(2*n)
+                for n, side in zip((rows, cols), grid))
+        return ((h*rows//len(h))[:, None]*cols + w*cols//len(w)).flatten(), (
+            r[:, None]*len(w) + c).flatten()
 
     def forward(self,
         t:Tokens,  # N of a grid, row by row, without padding, with scores
         keep:TopK|TopP|None  # the budget
     )->Tokens:  # a token of each cell, at position -1, its score the sum of theirs; the kept
         if keep is None or keep == TopP(1): return t
-        of, middle = self.cells_of(t.grid); c, n = len(middle), len(of)
-        cell = torch.tensor(of, device=t.x.device) == torch.arange(c, device=t.x.device)[:, None]
+        of, middle = self.cells_of(t.grid, t.x.device); c, n = len(middle), len(of)
+        cell = of == torch.arange(c, device=t.x.device)[:, None]
         whole = [isinstance(keep, TopK) and k + c >= n for k in getattr(keep, 'ks', [0])]
         if all(whole): return t
         lowest = t.scores[:, None].masked_fill(~cell, torch.inf).argmin(2)

@@ -6,7 +6,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['no_float64', 'Tokens', 'full_tokens', 'scatter_tokens', 'pad_tokens', 'sinusoidal', 'check_images', 'in_float64',
-           'check_int', 'check_number', 'patch_grid', 'imagenet_normalize', 'sample_photos', 'show_images']
+           'check_int', 'check_number', 'patch_grid', 'imagenet_normalize', 'sample_photos']
 
 # %% ../nbs/01_tokens.ipynb #bc26d8fe
 from functools import wraps
@@ -177,18 +177,3 @@ def sample_photos(
     square = x[..., left:left+h]
     x = F.interpolate(square, size=(size, size), mode='bilinear', antialias=True)
     return x.clamp(0, 1)
-
-def show_images(
-    images,  # a sequence of (3, H, W) or (H, W) tensors
-    titles=(),  # one for each image, or none
-    size:float=2.,  # height in inches
-    **kw  # passed to Axes.imshow
-):
-    "Show images side by side"
-    import matplotlib.pyplot as plt
-    _, axes = plt.subplots(1, len(images), figsize=(size*len(images), size),
-                           squeeze=False, layout='constrained')
-    for ax in axes[0]: ax.axis('off')
-    for ax, im in zip(axes[0], images):
-        ax.imshow(im.movedim(0, -1) if im.ndim == 3 else im, **{'cmap': 'gray', **kw})
-    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=9)

@@ -6,8 +6,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/training.html.md""
 
 # %% auto #0
 __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'distillation_loss', 'budget_loss', 'RandomBudget',
-           'SelfDistillation', 'autocast', 'BFloat16', 'Batches', 'OnDevice', 'SmoothLoss', 'AdamW', 'spared_decay',
-           'create_learner']
+           'SelfDistillation', 'autocast', 'BFloat16', 'Batches', 'AdamW', 'spared_decay', 'create_learner']
 
 # %% ../nbs/13_training.ipynb #a473c7ad
 import math, random
@@ -21,11 +20,10 @@ from .data import check_batches  # before fastai: it silences a warning
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgMetric, AvgSmoothLoss, Learner
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import find_bs
 from .tokens import Tokens, check_int, check_number
 from .select import TopK
 from .vit import VisionTransformer
@@ -202,18 +200,6 @@ class Batches:
                                  '(x, y), or dicts with pixel_values and labels')
             yield tuple(b)
 
-class OnDevice(AvgMetric):
-    "fastai's mean of a metric, kept on the device"
-    def accumulate(self, learn):
-        n = find_bs(learn.yb)
-        self.total += self.func(learn.pred, *learn.yb).detach()*n; self.count += n
-
-class SmoothLoss(AvgSmoothLoss):
-    "fastai's running mean of the loss, kept on the device too"
-    def accumulate(self, learn):
-        loss = learn.loss.detach().mean()
-        self.count += 1; self.val = torch.lerp(loss, self.val.to(loss), self.beta)
-
 class AdamW(OptimWrapper):
     "torch's AdamW for fastai, fused on a GPU; no decay of the model's `spared_decay`"
     def __init__(self, params, model=None, **kwargs):
@@ -258,4 +244,4 @@ def create_learner(
         if len(vocab) == model.num_classes: model.classes = [*map(str, vocab)]
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(),
                    opt_func=partial(AdamW, model=None if decay_all else model), wd=wd,
-                   metrics=OnDevice(accuracy), cbs=cbs)
+                   metrics=accuracy, cbs=cbs)

@@ -148,12 +148,12 @@ def reset_classifier(self:VisionTransformer,
     num_classes:int,  # classes; 0 for no head: the features come out
     global_pool:str|None=None  # timm's: 'token' is all there is
 ):
-    "A new head, untrained, on the device and in the precision of the model"
+    "A new head, untrained, for other classes"
     check_int('num_classes', num_classes, 0)
     if global_pool not in (None, 'token'):
         raise ValueError(f"global_pool: got {global_pool!r}; accepted: 'token'")
     self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
-    self.head = nn.Identity()
+    self.head, self.classes = nn.Identity(), None
     if num_classes:
         self.head = nn.Sequential(nn.Linear(self.num_features, 128), nn.ReLU(),
                                   nn.Linear(128, num_classes)).to(self.cls_token)

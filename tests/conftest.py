@@ -21,21 +21,20 @@ def slow(*values):
     return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
 
 small = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
-reductions = [('msvd_gated', dict(reduction=r)) for r in ('rest', 'layer_rest')]
-variants = [*((name, {}) for name in list_models()), *reductions,
+variants = [*((name, {}) for name in list_models()), ('msvd_gated', dict(reduction='rest')),
             ('msvd', dict(reduction='pool')), ('vit_conv', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
             ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')),
             ('fft', dict(cut='patches', energy=.95)), ('fft', dict(cut='radial_bins', filter_size=16)),
             ('svd', dict(energy=.99, criterion='linear', read='linear')), ('svd', dict(energy=1., rank=5, reduction='rest')),
             # padded tokens with scores, which `create_model` does not make
             *((name, dict(reduction=r)) for name in ('scored fft', 'scored svd')
-              for r in (None, 'rest', 'layer_rest'))]
+              for r in (None, 'rest'))]
 def label(variant): return ' '.join([variant[0], *map(str, variant[1].values())])
 
 def make(name, **kw):
     if name in list_models(): return create_model(name, **small | kw)
     tokenizer = FFTTokenizer(32, 8, 32, energy=.9) if name == 'scored fft' else SVDTokenizer(32, 32, .95)
-    reductions = {None: None, 'rest': RestToken(32), 'layer_rest': RestToken(32, 16)}
+    reductions = {None: None, 'rest': RestToken(32)}
     return VisionTransformer(tokenizer, depth=2, num_heads=4, scorer=Scorer(32), reduction=reductions[kw['reduction']])
 
 def some_budgets(m):

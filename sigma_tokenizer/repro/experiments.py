@@ -41,7 +41,7 @@ def _budget(e, row, n):
         if 'k' in row: keep = TopK(k := max(min(1, row['k']), round(row['k']*n/256)))
         else: k = round(n*(args['filter_size']/256)**2)
         if k == n: return 'all', 'all tokens', keep
-        rest = ' + rest'*(args.get('reduction') in ('rest', 'layer_rest'))
+        rest = ' + rest'*(args.get('reduction') == 'rest')
         budget = f'{k}{rest}'.removeprefix('0 + ')
         return budget, f'{budget} of {n} tokens', keep
     if 'mean_length' in row:
