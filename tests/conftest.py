@@ -34,8 +34,7 @@ def label(variant): return ' '.join([variant[0], *map(str, variant[1].values())]
 def make(name, **kw):
     if name in list_models(): return create_model(name, **small | kw)
     tokenizer = FFTTokenizer(32, 8, 32, energy=.9) if name == 'scored fft' else SVDTokenizer(32, 32, .95)
-    reductions = {None: None, 'rest': RestToken(32)}
-    return VisionTransformer(tokenizer, depth=2, num_heads=4, scorer=Scorer(32), reduction=reductions[kw['reduction']])
+    return VisionTransformer(tokenizer, depth=2, num_heads=4, scorer=Scorer(32), reduction=RestToken(32) if kw['reduction'] else None)
 
 def some_budgets(m):
     "Budgets that a model takes"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from torchinfo import summary
-from conftest import batch, gap, label, make, model, reductions, small, some_budgets, variants
+from conftest import batch, gap, label, make, model, small, some_budgets, variants
 
 x = batch([('crop', 0), ('noise', 1), ('crop', 3)])
 def linears(m): return {n: p for n, p in m.named_modules() if isinstance(p, nn.Linear)}
@@ -34,7 +34,7 @@ def test_torchinfo(i):
         table = summary(model(i), input_data=x, keep=keep, verbose=0)
         assert table.total_params == sum(p.numel() for p in model(i).parameters()) and table.total_mult_adds > 0
 
-@pytest.mark.parametrize('variant', [*((name, {}) for name in list_models()), *reductions], ids=label)
+@pytest.mark.parametrize('variant', variants[:len(list_models()) + 1], ids=label)
 def test_lora(variant):
     peft = pytest.importorskip('peft'); torch.manual_seed(0)
     m = create_model(variant[0], **small | variant[1], drop_rate=0.)
