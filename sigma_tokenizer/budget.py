@@ -68,22 +68,32 @@ class _Pass:
 
     def shorten(self, x):
         "Score the tokens, take what the budget keeps, note what goes where"
+        self.rows = x.shape[1]
+        if self.keeps == [None] and not self.model.training: return x
         t = self.model.scored(x, self.grid) if self.t is None else self.t
         if len(self.keeps) > 1: self.t = t
         short, n = self.model.reduce(t, self.keeps[0]), t.x.shape[1]
         self.short = None if short is t else short.replace(x=None, scores=None)
         if self.short:
-            cell, middle = self.model.rest.cells_of(t.grid, x.device)
-            pos, c = short.position, len(middle)
-            index = torch.arange(pos.shape[1], device=x.device)
-            at = torch.where(short.mask & (pos >= 0), pos, n)
-            whole = F.pad(cell, (0, 1)).expand(x.shape[0], -1)  # where each token finds itself
+            cell, self.middle = self.model.rest.cells_of(t.grid, x.device)
+            pos, c = short.position[:, len(self.middle):], len(self.middle)
+            at = pos.masked_fill(~short.mask[:, c:], n) if short.padded else pos
+            index = torch.arange(c, c + pos.shape[1], device=x.device)
+            # where each token finds itself
+            whole = F.pad(cell, (0, 1)).expand(x.shape[0], -1)
             self.whole = whole.scatter(1, at, index.expand_as(at))[:, :n]
-            found = self.whole[:, None] == index[:c, None]
-            self.again = torch.cat([found.int().argmax(2), pos[:, c:]], 1)
-            self.turns = torch.cat([middle.expand(x.shape[0], -1), pos[:, c:]], 1)
         self.rows = self.p + short.x.shape[1]
         return torch.cat([x[:, :self.p], short.x], 1)
+
+    def at(self, rest):
+        "Positions of the short sequence, with these for the rest tokens"
+        c = len(self.middle)
+        return torch.cat([rest.expand(self.whole.shape[0], -1), self.short.position[:, c:]], 1)
+
+    def again(self):
+        "Where a whole grid has the short sequence"
+        cells = torch.arange(len(self.middle), device=self.whole.device)
+        return self.at((self.whole[:, None] == cells[:, None]).int().argmax(2))
 
     def move(self, x, index):
         "These tokens, behind the class token and its like"
@@ -101,10 +111,11 @@ def extras(self:_Pass, x, kw):
     "A block's other arguments, for the short sequence `x`"
     m, short = self.model, self.short
     if short is None: return kw
-    at, kw = self.turns, dict(kw)
-    if (rope := kw.get('rope')) is not None: kw['rope'] = _rotations(rope, at)  # timm
-    if rope := kw.get('position_embeddings'):  # transformers: cosines and sines
-        kw['position_embeddings'] = tuple(_rotations(r, at) for r in rope)
+    kw = dict(kw)
+    for key in ('rope', 'position_embeddings'):  # timm; transformers: cosines and sines
+        if (r := kw.get(key)) is not None:
+            turn = partial(_rotations, position=self.at(self.middle))
+            kw[key] = turn(r) if isinstance(r, Tensor) else tuple(map(turn, r))
     name = next((n for n in ('attn_mask', 'attention_mask') if n in m.names), None)
     if kw.get(name) is not None and not torch.compiler.is_exporting():
         # (for an export, transformers makes a mask of nothing)
@@ -132,7 +143,7 @@ def before(self:_Pass, i, block, args, kw):
     if not self.keeps: raise _Stop(x)
     if len(self.keeps) > 1: self.calls.append((block, x, kw))
     if i == m.after: x = self.shorten(x)
-    elif self.dense and self.short: x = self.move(x, self.again)
+    elif self.dense and self.short: x = self.move(x, self.again())
     return (_mark(x, self),), self.extras(x, kw)
 
 @patch
@@ -271,9 +282,9 @@ def scored(self:Budgeted, x:Tensor, grid:tuple[int, int])->Tokens:
     x = x[:, self.num_prefix_tokens:]; n, (H, W) = x.shape[1], self.image_size
     if len(grid) != 2 or grid[0]*grid[1] != n:  # no such convolution: as the images are
         h = max(1, round((n*H/W)**.5)); grid = (h, n//h) if n % h == 0 else (1, n)
-    i, w, t = torch.arange(n, device=x.device), grid[1], self.scorer(full_tokens(x, grid))
-    spread = (i//w*.5698403 + i%w*.7548777) % 1
-    return t.replace(scores=torch.lerp(t.scores, spread.to(t.scores), 2**-8))
+    t, w = self.scorer(full_tokens(x, grid)), grid[1]
+    spread = [(i//w*.5698403 + i%w*.7548777) % 1 for i in range(n)]
+    return t.replace(scores=torch.lerp(t.scores, t.scores.new_tensor(spread), 2**-8))
 
 @patch(as_prop=True)
 def reduce(self:Budgeted):

@@ -9,6 +9,7 @@ __all__ = ['RestToken', 'RestGrid', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
 import math, torch, torch.nn.functional as F
+from functools import cache
 from torch import Tensor, nn
 from .tokens import Tokens, check_int
 from .select import TopK, TopP, check_keep, gather_kept, keep_mask
@@ -42,6 +43,13 @@ class RestToken(nn.Module):
                       F.pad(short.position, (1, 0), value=-1), padded)
 
 # %% ../nbs/04_reduce.ipynb #5c0a0002
+@cache
+def _cells(h, w, most):
+    rows, cols = (min(most, max(1, side//2)) for side in (h, w))
+    at = lambda i, n, side: (2*i + 1)*side//(2*n)
+    return ([i*rows//h*cols + j*cols//w for i in range(h) for j in range(w)],
+            [at(i, rows, h)*w + at(j, cols, w) for i in range(rows) for j in range(cols)])
+
 class RestGrid(nn.Module):
     "The kept tokens and, before them, one for each cell that sums up its dropped ones"
     def __init__(self,
@@ -56,14 +64,9 @@ class RestGrid(nn.Module):
     def cells_of(self,
         grid:tuple[int, int],  # rows and columns of tokens
         device:torch.device=None
-    )->tuple[Tensor, Tensor]:  # (N,) the cell of each token; (c,) the middle token of each
+    )->list[Tensor]:  # (N,) the cell of each token; (c,) the middle token of each cell
         "Where the cells lie"
-        h, w = (torch.arange(side, device=device) for side in grid)
-        rows, cols = (min(self.cells, max(1, side//2)) for side in grid)
-        r, c = ((2*torch.arange(n, device=device) + 1)*side//(2*n)
-                for n, side in zip((rows, cols), grid))
-        return ((h*rows//len(h))[:, None]*cols + w*cols//len(w)).flatten(), (
-            r[:, None]*len(w) + c).flatten()
+        return [torch.tensor(v, device=device) for v in _cells(*grid, self.cells)]
 
     def forward(self,
         t:Tokens,  # N of a grid, row by row, without padding, with scores
@@ -77,13 +80,15 @@ class RestGrid(nn.Module):
         lowest = t.scores[:, None].masked_fill(~cell, torch.inf).argmin(2)
         lowest = torch.zeros_like(t.mask).scatter(1, lowest, True)
         kept = keep_mask(t.replace(scores=t.scores.masked_fill(lowest, 0)), keep) & ~lowest
-        whole = torch.tensor(whole, device=t.x.device)[:, None]
-        kept = kept | whole; short = gather_kept(t, kept, keep.most(t))
-        weights = (cell & ~kept[:, None])*t.scores[:, None]; total = weights.sum(2)
+        seen = t.mask.new_ones(t.mask.shape[0], c)
+        if any(whole):
+            whole = torch.tensor(whole, device=t.x.device)[:, None]
+            kept, seen = kept | whole, seen & ~whole
+        short = gather_kept(t, kept, keep.most(t))
+        weights = cell*t.scores.masked_fill(kept, 0)[:, None]; total = weights.sum(2)
         weights = weights/total.clamp(min=1e-12)[..., None]
         rest = self.write(weights.to(t.x.dtype) @ t.x)
-        return Tokens(torch.cat([rest, short.x], 1),
-                      torch.cat([(~whole).expand_as(total), short.mask], 1),
+        return Tokens(torch.cat([rest, short.x], 1), torch.cat([seen, short.mask], 1),
                       torch.cat([total, short.scores], 1),
                       F.pad(short.position, (c, 0), value=-1), short.padded)
 

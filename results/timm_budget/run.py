@@ -3,7 +3,8 @@
     python run.py DATA TASK base             train the ViT: TASK/base.pt (float16), .json, .npz          1 hour, 25 minutes
     python run.py DATA TASK NAME[@SEED]...   teach it, evaluate: TASK/NAME@SEED.json and .npz            5 minutes each
     python run.py DATA TASK untaught NAME... the same without teaching                                   seconds
-    python run.py DATA time                  time.json: milliseconds; on a machine that does nothing else   10 minutes
+    python run.py DATA time MODEL            time-MODEL.json: milliseconds, for small, deit_small, vit_base; on a machine
+                                             that does nothing else                                    8 minutes each
 
 TASK: `scenes`, four fifths of Intel's training images at 64 pixels, or `needle` (needle.py; DATA does not matter). One
 thread, float32, seed 239 unless said. All test figures: no choice was made on them (see ../choices/budget). NAME:
@@ -199,10 +200,10 @@ def needle_base(epochs, per=250):
 large = {'deit_small': 'deit_small_patch16_224', 'vit_base': 'vit_base_patch16_224'}
 
 @torch.no_grad()
-def time(source):
+def time(model, source):
     "Milliseconds of an answer, all in turns; untrained weights take as long"
     rows = []
-    def measure(model, batch, calls, rounds):
+    def measure(batch, calls, rounds):
         for (name, b), ms in in_turns(calls, rounds).items():
             rows.append(dict(model=model, batch_size=batch, name=name, budget=b, ms=float(np.median(ms)), rounds=ms))
             print(*rows[-1].values(), flush=True)
@@ -210,31 +211,29 @@ def time(source):
         m.eval()
         return {(name, b.k if isinstance(b, TopK) else b): (lambda: m(x)) if len(all_budgets) == 1 else lambda b=b: m(x, b)
                 for b in all_budgets}
-    for batch in (1, 8, 32):
+    for batch in (1, 8, 32) if model == 'small' else ():
         x = torch.randn(batch, 3, 64, 64); vit = make('scenes').eval(); calls = {('vit', None): lambda: vit(x)}
         for name in ('ours-1', 'ours-2', 'ours1-1', 'pool-1', 'tome', 'evit', 'sizes', *(f'exit-{d}' for d in range(1, 6)),
                      *(f'small-{s}' for s in (24, 32, 40, 48))):
             calls |= budgeted_calls(name, *(lambda m, b: (m, x, b))(*model_of('scenes', name, make('scenes').state_dict())))
-        measure('small', batch, calls, 31)
-    for model, timm_name in large.items():
-        new = lambda **kw: timm.create_model(timm_name, num_classes=10, **kw).eval()
-        for batch in (1, 8):
-            x = torch.randn(batch, 3, 224, 224); vit = new(); calls = {('vit', None): lambda: vit(x)}
-            for after in (3, 4):
-                calls |= budgeted_calls(f'ours-{after}', budgeted(new(), after), x,
-                                        [None, *map(TopK, (128, 96, 64, 48, 32, 16, 0))])
-            calls |= budgeted_calls('tome', ToMe(new()), x, [0, 4, 8, 12, 16, 24])
-            calls |= budgeted_calls('evit', EViT(new()), x, [.9, .7, .5, .3])
-            for d in (4, 6, 8, 10): calls |= budgeted_calls(f'exit-{d}', new(depth=d), x, [None])
-            for s in (112, 144, 176): calls |= budgeted_calls(f'small-{s}', Shrunk(new(img_size=s), s), x, [None])
-            measure(model, batch, calls, 7)
-    (here/'time.json').write_text(json.dumps(dict(rows=rows, threads=1, **source)) + '\n')
+        measure(batch, calls, 31)
+    for batch in (1, 8) if model in large else ():
+        new = lambda **kw: timm.create_model(large[model], num_classes=10, **kw).eval()
+        x = torch.randn(batch, 3, 224, 224); vit = new(); calls = {('vit', None): lambda: vit(x)}
+        for after in (3, 4):
+            calls |= budgeted_calls(f'ours-{after}', budgeted(new(), after), x, [None, *map(TopK, (96, 64, 48, 32, 16, 0))])
+        calls |= budgeted_calls('tome', ToMe(new()), x, [0, 8, 16, 24])
+        calls |= budgeted_calls('evit', EViT(new()), x, [.7, .5, .3])
+        for d in (4, 6, 8, 10): calls |= budgeted_calls(f'exit-{d}', new(depth=d), x, [None])
+        for s in (112, 144, 176): calls |= budgeted_calls(f'small-{s}', Shrunk(new(img_size=s), s), x, [None])
+        measure(batch, calls, 7)
+    (here/f'time-{model}.json').write_text(json.dumps(dict(rows=rows, threads=1, **source)) + '\n')
 
 def main(data, task, *names):
     "Each result has the accuracy of the test images and of those held out, for each budget"
     torch.set_num_threads(1); set_fused_attn(True)
     source = provenance('cpu'); source['versions']['timm'] = timm.__version__
-    if task == 'time': return time(source)
+    if task == 'time': return time(*names, source)
     if names == ('base',): return base(data, task, source)
     untaught, state = names[0] == 'untaught', torch.load(here/task/'base.pt', weights_only=True)
     for name in names[untaught:]:
