@@ -12,7 +12,6 @@ import math, torch
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import center_crop
 from .tokens import (Tokens, check_images, check_int, check_number,
                                     full_tokens, in_float64, patch_grid)
 from .stem import ConvStem
@@ -27,6 +26,10 @@ def log_spectrum(
     if shift: f = torch.fft.fftshift(f, dim=(-2, -1))
     f = torch.cat([f.real, f.imag], 1)
     return f.sign()*f.abs().log1p()
+
+def _crop(f, s):
+    lo = (f.shape[-1] - s)//2
+    return f[..., lo:lo+s, lo:lo+s]
 
 # %% ../nbs/06_fft.ipynb #03fe0417
 @in_float64
@@ -127,13 +130,13 @@ def forward(self:FFTTokenizer,
     check_images(x, self, self.in_chans, side=self.image_size)
     f = log_spectrum(x, shift=self.band == 'low')
     if self.energy is None:
-        square = center_crop(f, self.filter_size).to(x.dtype)
+        square = _crop(f, self.filter_size).to(x.dtype)
         tokens = full_tokens(self.cut_squares([square])[0])
         position = self.square_positions(self.filter_size).to(x.device)
         return tokens.replace(position=position.expand(x.shape[0], -1))
     sides = energy_side(f, self.energy, self.patch_size)
     groups = {s: (sides == s).nonzero()[:, 0] for s in sides.unique().tolist()}
-    squares = [center_crop(f[rows], s).to(x.dtype) for s, rows in groups.items()]
+    squares = [_crop(f[rows], s).to(x.dtype) for s, rows in groups.items()]
     parts = self.cut_squares(squares)
     N = max(p.shape[1] for p in parts)
     out, position = x.new_zeros(len(x), N, self.embed_dim), sides.new_zeros(len(x), N)

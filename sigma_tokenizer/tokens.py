@@ -170,10 +170,6 @@ def sample_photos(
 )->Tensor:  # (2, 3, size, size), float in [0, 1]: the flower, then the temple
     "scikit-learn's two sample photographs, cut to their middle square and resized"
     from sklearn.datasets import load_sample_image
-    files = 'flower.jpg', 'china.jpg'
-    x = torch.stack([torch.from_numpy(load_sample_image(f).copy()) for f in files])
-    x = x.permute(0, 3, 1, 2).float()/255
-    h, w = x.shape[2:]; left = (w - h)//2
-    square = x[..., left:left+h]
-    x = F.interpolate(square, size=(size, size), mode='bilinear', antialias=True)
-    return x.clamp(0, 1)
+    from torchvision.transforms.functional import center_crop, resize, to_tensor
+    x = torch.stack([to_tensor(load_sample_image(f'{n}.jpg')) for n in ('flower', 'china')])
+    return resize(center_crop(x, min(x.shape[2:])), [size, size]).clamp(0, 1)

@@ -20,7 +20,7 @@ from timm.models import VisionTransformer as ViT
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from sigma_tokenizer import TopK, TopP, create_model, list_models
 from sigma_tokenizer.data import Split, digits_data, image_loaders
-from sigma_tokenizer.training import (BFloat16, RandomBudget, SelfDistillation,
+from sigma_tokenizer.training import (BFloat16, SelfDistillation,
                                       SparsityLoss, create_learner)
 from sigma_tokenizer.evaluation import evaluate
 from sigma_tokenizer.checkpoint import train
@@ -41,7 +41,7 @@ def learner(tmp_path):
         return learn
     return make
 
-ours = dict(budgets=[RandomBudget], all=[BFloat16, SelfDistillation, lambda: SparsityLoss(.1)])
+ours = dict(budgets=[SelfDistillation], all=[BFloat16, SelfDistillation, lambda: SparsityLoss(.1)])
 theirs = dict(mixup=MixUp, cutmix=CutMix, clip=GradientClip, save=SaveModelCallback, stop=EarlyStoppingCallback,
               plateau=ReduceLROnPlateau, accumulate=lambda: GradientAccumulation(64), none=lambda: None)
 

@@ -81,13 +81,11 @@ def _score_summary(scores):
 # %% ../../nbs/24_runs.ipynb #8e1af07d
 def _callbacks(config):
     "What a run adds to the plain learner"
-    cbs, distil = [], config['distil']
+    cbs = []
     if config['sparsity']:
         cbs.append(SparsityLoss(config['sparsity'], config['sparsity_kind']))
     if config['budgets'] is not None:
-        short = BudgetSchedule(**config['budgets'])
-        if distil is None: cbs.append(RandomBudget(short))
-        else: cbs.append(SelfDistillation(short, distil))
+        cbs.append(SelfDistillation(BudgetSchedule(**config['budgets']), config['distil']))
     if config['train']['precision'] == 'bfloat16': cbs.append(BFloat16())
     return cbs
 
