@@ -9,7 +9,6 @@ __all__ = ['RestToken', 'RestGrid', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
 import math, torch, torch.nn.functional as F
-from functools import cache
 from torch import Tensor, nn
 from .tokens import Tokens, check_int
 from .select import TopK, TopP, check_keep, gather_kept, keep_mask
@@ -43,13 +42,6 @@ class RestToken(nn.Module):
                       F.pad(short.position, (1, 0), value=-1), padded)
 
 # %% ../nbs/04_reduce.ipynb #5c0a0002
-@cache
-def _cells(h, w, most):
-    rows, cols = (min(most, max(1, side//2)) for side in (h, w))
-    at = lambda i, n, side: (2*i + 1)*side//(2*n)
-    return ([i*rows//h*cols + j*cols//w for i in range(h) for j in range(w)],
-            [at(i, rows, h)*w + at(j, cols, w) for i in range(rows) for j in range(cols)])
-
 class RestGrid(nn.Module):
     "The kept tokens and, before them, one for each cell that sums up its dropped ones"
     def __init__(self,
@@ -66,7 +58,11 @@ class RestGrid(nn.Module):
         device:torch.device=None
     )->list[Tensor]:  # (N,) the cell of each token; (c,) the middle token of each cell
         "Where the cells lie"
-        return [torch.tensor(v, device=device) for v in _cells(*grid, self.cells)]
+        (h, w), at = grid, lambda i, n, side: (2*i + 1)*side//(2*n)
+        rows, cols = (min(self.cells, max(1, side//2)) for side in grid)
+        of = [i*rows//h*cols + j*cols//w for i in range(h) for j in range(w)]
+        middle = [at(i, rows, h)*w + at(j, cols, w) for i in range(rows) for j in range(cols)]
+        return [torch.tensor(v, device=device) for v in (of, middle)]
 
     def forward(self,
         t:Tokens,  # N of a grid, row by row, without padding, with scores
