@@ -51,6 +51,7 @@ budgets = dict(ours=ks, ours1=[None, 56, 48, 40, 32, 24, 16, 8, 4, 0], chance=ks
                sizes=[8, 7, 6, 5, 4, 3, 2])
 epochs = {'ours': 4, 'ours1': 5, 'chance': 4, 'pool': 5, 'tome': 4, 'evit': 4, 'sizes': 5, 'exit-1': 21, 'exit-2': 14,
           'exit-3': 10, 'exit-4': 8, 'exit-5': 7, 'small-24': 22, 'small-32': 16, 'small-40': 12, 'small-48': 9}
+needle_epochs = {'small-48': 16, 'small-72': 9}  # 4 x 4 and 6 x 6 tokens
 
 def make(task, state=None, **kw):
     size = dict(img_size=side[task], patch_size=side[task]//8, num_classes=dict(scenes=6, needle=10)[task])
@@ -144,12 +145,13 @@ class Draw:
     def __init__(self, budgets): self.budgets = budgets[1:]
     def draw(self, n): return random.choice(self.budgets)
 
-def learn(m, name, dls, all_budgets):
+def learn(m, task, name, dls, all_budgets):
     "Teach a model; its log"
     rule = name.partition('-')[0]
     if rule in ('ours', 'ours1'): return teach(m, dls, epochs[rule])
     cbs = [SelfDistillation(Draw(all_budgets))] if len(all_budgets) > 1 else []
-    return train(create_learner(m, dls, .05, cbs), epochs[name if name in epochs else rule], 3e-4, 'one_cycle')
+    n = (epochs | (needle_epochs if task == 'needle' else {}))[name if '-' in name and rule in ('exit', 'small') else rule]
+    return train(create_learner(m, dls, .05, cbs), n, 3e-4, 'one_cycle')
 
 def loaders(data, task, seed):
     "Training batches, and batches (x, y) that are held out, and of the test split"
@@ -239,7 +241,7 @@ def main(data, task, *names):
     for name in names[untaught:]:
         name, _, seed = name.partition('@'); dls, held, test = loaders(data, task, int(seed or 239))
         m, all_budgets = model_of(task, name, state)
-        log = [] if untaught else learn(m, name, dls, all_budgets)
+        log = [] if untaught else learn(m, task, name, dls, all_budgets)
         result = dict(name=name, seed=int(seed or 239), taught=not untaught, epochs=log,
                       budgets=[b.k if isinstance(b, TopK) else b for b in all_budgets],
                       held_out=evaluate(m, held, all_budgets)[2], **source)
