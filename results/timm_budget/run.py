@@ -9,7 +9,7 @@
 TASK: `scenes`, four fifths of Intel's training images at 64 pixels, or `needle` (needle.py; DATA does not matter). One
 thread, float32, seed 239 unless said. All test figures: no choice was made on them (see ../choices/budget). NAME:
 
-    ours-A       budgeted(vit, after=A); ours1-A has one rest token (cells=1)
+    ours-A       budgeted(vit, after=A); ours1-A has one rest token (cells=1), cut4-A the first four blocks alone
     chance-A     the same, but the scores are random
     pool-A       means over a grid of cells instead
     tome, evit   token merging (Bolya et al. 2023), class attention (EViT, Liang et al. 2022), taught in the same way
@@ -46,10 +46,10 @@ from token_merging import merge_tokens
 side = dict(scenes=64, needle=96)  # pixels; 8 x 8 tokens of each
 recipe = dict(embed_dim=96, depth=6, num_heads=3)
 ks = [None, 40, 32, 24, 16, 12, 8, 4, 2, 0]
-budgets = dict(ours=ks, ours1=[None, 56, 48, 40, 32, 24, 16, 8, 4, 0], chance=ks, pool=[None, 49, 36, 25, 16, 9, 4, 1],
+budgets = dict(ours=ks, cut4=ks, ours1=[None, 56, 48, 40, 32, 24, 16, 8, 4, 0], chance=ks, pool=[None, 49, 36, 25, 16, 9, 4, 1],
                tome=[0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32], evit=[1, .9, .8, .7, .6, .5, .4, .3, .2],
                sizes=[8, 7, 6, 5, 4, 3, 2])
-epochs = {'ours': 4, 'ours1': 5, 'chance': 4, 'pool': 5, 'tome': 4, 'evit': 4, 'sizes': 5, 'exit-1': 21, 'exit-2': 14,
+epochs = {'ours': 4, 'cut4': 6, 'ours1': 5, 'chance': 4, 'pool': 5, 'tome': 4, 'evit': 4, 'sizes': 5, 'exit-1': 21, 'exit-2': 14,
           'exit-3': 10, 'exit-4': 8, 'exit-5': 7, 'small-24': 22, 'small-32': 16, 'small-40': 12, 'small-48': 9}
 needle_epochs = {'small-48': 16, 'small-72': 9}  # 4 x 4 and 6 x 6 tokens
 
@@ -130,7 +130,8 @@ def model_of(task, name, state):
     elif rule == 'evit': m = EViT(make(task, state))
     elif rule == 'sizes': m = Sizes(make(task, state, dynamic_img_size=True))
     else:
-        m = budgeted(make(task, state), int(n), cells=1 if rule == 'ours1' else 4)
+        depth = 4 if rule == 'cut4' else 6
+        m = budgeted(make(task, state, depth=depth), int(n), cells=1 if rule == 'ours1' else 4)
         if rule == 'chance': m.scorer = Random()
         if rule == 'pool': m.scorer, m.rest = Random(), Pool()
         return m, [b if b is None else TopK(b) for b in budgets[rule]]
@@ -148,7 +149,7 @@ class Draw:
 def learn(m, task, name, dls, all_budgets):
     "Teach a model; its log"
     rule = name.partition('-')[0]
-    if rule in ('ours', 'ours1'): return teach(m, dls, epochs[rule])
+    if rule in ('ours', 'ours1', 'cut4'): return teach(m, dls, epochs[rule])
     cbs = [SelfDistillation(Draw(all_budgets))] if len(all_budgets) > 1 else []
     n = (epochs | (needle_epochs if task == 'needle' else {}))[name if '-' in name and rule in ('exit', 'small') else rule]
     return train(create_learner(m, dls, .05, cbs), n, 3e-4, 'one_cycle')
@@ -215,7 +216,7 @@ def time(model, source):
                 for b in all_budgets}
     for batch in (1, 8, 32) if model == 'small' else ():
         x = torch.randn(batch, 3, 64, 64); vit = make('scenes').eval(); calls = {('vit', None): lambda: vit(x)}
-        for name in ('ours-1', 'ours-2', 'ours1-1', 'pool-1', 'tome', 'evit', 'sizes', *(f'exit-{d}' for d in range(1, 6)),
+        for name in ('ours-1', 'cut4-1', 'ours1-1', 'pool-1', 'tome', 'evit', 'sizes', *(f'exit-{d}' for d in range(1, 6)),
                      *(f'small-{s}' for s in (24, 32, 40, 48))):
             calls |= budgeted_calls(name, *(lambda m, b: (m, x, b))(*model_of('scenes', name, make('scenes').state_dict())))
         measure(batch, calls, 31)
