@@ -170,6 +170,8 @@ def sample_photos(
 )->Tensor:  # (2, 3, size, size), float in [0, 1]: the flower, then the temple
     "scikit-learn's two sample photographs, cut to their middle square and resized"
     from sklearn.datasets import load_sample_image
-    from torchvision.transforms.functional import center_crop, resize, to_tensor
-    x = torch.stack([to_tensor(load_sample_image(f'{n}.jpg')) for n in ('flower', 'china')])
-    return resize(center_crop(x, min(x.shape[2:])), [size, size]).clamp(0, 1)
+    from torchvision.transforms.functional import center_crop, resize
+    files = 'flower.jpg', 'china.jpg'
+    x = torch.stack([torch.from_numpy(load_sample_image(f).copy()) for f in files])
+    x = center_crop(x.permute(0, 3, 1, 2).float()/255, min(x.shape[1:3]))
+    return resize(x, [size, size]).clamp(0, 1)
