@@ -12,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 import sigma_tokenizer
-from sigma_tokenizer.repro.experiments import load_preset, plan, run_config
+from sigma_tokenizer.repro.experiments import load_experiments, load_preset, plan, run_config
 from sigma_tokenizer.repro.results import load_predictions, load_results, metrics, result_path
 from sigma_tokenizer.repro.tables import result_table, table_lines, write_summary
 
@@ -26,8 +26,9 @@ def check_rows(folder):
     preset, results = load_preset(name), load_results(folder); runs = plan(preset)
     for r in results:
         path = result_path(folder, r['run'], r['seed']); predicted = load_predictions(path)
-        gone = f'`{r["run"]}`' in (root/'results/README.md').read_text(encoding='utf-8')  # it has left the package
-        if not gone and (r['run'], r['seed']) not in runs: yield f'{path}: not a run of the preset {folder.name}'
+        # a run that has left the package is named, with its commit
+        gone = r['run'] not in load_experiments() and f'`{r["run"]}`' in (root/'results/README.md').read_text('utf-8')
+        if not gone and (r['run'], r['seed']) not in runs: yield f'{path}: not a run of the preset {folder.name}'; continue
         if not gone and r['config'] != run_config(preset, r['run'], epochs and int(epochs)): yield f'{path}: other settings'
         if not re.fullmatch('[0-9a-f]{40}', r['commit'] or ''): yield f'{path}: commit {r["commit"]}'
         if r['data']['fingerprint'] != results[0]['data']['fingerprint']: yield f'{path}: other data'

@@ -291,6 +291,7 @@ def reduce(self:Budgeted):
     "(Tokens, budget) -> Tokens: what is kept, and before it the rest tokens"
     return self.rest
 
+# %% ../nbs/18_budget.ipynb #7e889e77
 def _logits(out):
     "Of a model's answer; the mean of two heads"
     if isinstance(out, Tensor): return out

@@ -7,7 +7,7 @@
                                              that does nothing else                                    8 minutes each
 
 TASK: `scenes`, four fifths of Intel's training images at 64 pixels, or `needle` (needle.py; DATA does not matter). One
-thread, float32, seed 239 unless said. All test figures: no choice was made on them (see ../choices/budget). NAME:
+thread, float32, seed 239 unless said. No choice was made on test images. NAME:
 
     ours-A       budgeted(vit, after=A); ours1-A has one rest token (cells=1), cut4-A the first four blocks alone
     chance-A     the same, but the scores are random

@@ -1,5 +1,5 @@
 """How should an untaught scorer begin, and what would a duller way give for the same training time? A small timm ViT on
-64-pixel scenes, trained on four fifths of the *training* images; every figure is of the fifth that is held out.
+64-pixel scenes, trained on four fifths of the *training* images; every figure is of the fifth that is held out. One rest token (`cells=1`).
 
     python run.py DATA base              24 epochs: base.pt                                          25 minutes
     python run.py DATA start             untaught, with rules for the scores                          3 minutes
@@ -24,7 +24,7 @@ from sigma_tokenizer.data import image_loaders
 from sigma_tokenizer.evaluation import in_turns
 from sigma_tokenizer.repro.folders import hold_out, load_data
 from sigma_tokenizer.select import TopK
-from sigma_tokenizer.training import create_learner
+from sigma_tokenizer.training import BudgetSchedule, create_learner
 
 here = Path(__file__).resolve().parent
 ks = [None, 48, 32, 16, 8, 4, 1, 0]
@@ -80,8 +80,8 @@ def main(data, what, seed=239):
         torch.save(vit.state_dict(), here/'base.pt'); return write('base', '', seed, evaluate(vit, batches, 1))
     if what == 'start': return start(batches)
     if what == 'taught':
-        model = budgeted(make(), 2); begin = time.process_time()
-        teach(model, dls); return write(what, 2, seed, evaluate(model, batches, 8), round(time.process_time() - begin))
+        model = budgeted(make(), 2, cells=1); begin = time.process_time()
+        teach(model, dls, schedule=BudgetSchedule(full=0.)); return write(what, 2, seed, evaluate(model, batches, 8), round(time.process_time() - begin))
     vit = make(**dict(depth=3) if what == 'blocks' else dict(img_size=32))
     learn = create_learner(vit, dls, .05); begin, steps = time.process_time(), 20
     for x, y in [*zip(range(steps), dls.train)]: vit.train()(y[0]).sum().backward()  # how long does a step take?
@@ -94,7 +94,7 @@ teaching = 158  # CPU seconds of `taught`
 
 def start(batches):
     for after in (1, 2, 3):
-        vit = make().eval(); model = budgeted(vit, after)
+        vit = make().eval(); model = budgeted(vit, after, cells=1)
         mlp = model.scorer.mlp[-1]; model.scorer.eval()
         torch.manual_seed(0); write('even', after, '', evaluate(model, batches, 8))
         nn.init.kaiming_uniform_(mlp.weight, 5**.5); write('random weights', after, '', evaluate(model, batches, 8))
@@ -106,7 +106,7 @@ def start(batches):
 @torch.no_grad()
 def share():
     for batch in (1, 32):
-        x, vit = torch.rand(batch, 3, 64, 64), make(False).eval(); model = budgeted(make(False), 2).eval()
+        x, vit = torch.rand(batch, 3, 64, 64), make(False).eval(); model = budgeted(make(False), 2, cells=1).eval()
         calls = {'vit': lambda: vit(x), 'blocks': (lambda m: lambda: m(x))(make(False, depth=3).eval()),
                  'small': (lambda m, z: lambda: m(z))(make(False, img_size=32).eval(), x[..., :32, :32].contiguous())}
         calls |= {f'TopK({k})': lambda k=k: model(x, TopK(k)) for k in ks[1:]} | {'all': lambda: model(x, None)}
