@@ -23,20 +23,23 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from .select import TopK, TopP
 from .score import Scorer
-from .reduce import GridPool, RestToken
+from .reduce import GridPool, RestGrid, RestToken
 from .stem import CNNTokenizer, ConvTokenizer, PatchTokenizer
 from .fft import FFTTokenizer
 from .svd import SVDTokenizer
 from .msvd import MSVDTokenizer
+from .glimpse import GlimpseTokenizer
 from .vit import VisionTransformer
 
 # %% ../nbs/11_models.ipynb #b8feb810
 _tokenizers = dict(vit=PatchTokenizer, vit_conv=ConvTokenizer, fft=FFTTokenizer,
-                   svd=SVDTokenizer, msvd=MSVDTokenizer, vit_cnn=CNNTokenizer)
+                   svd=SVDTokenizer, msvd=MSVDTokenizer, vit_cnn=CNNTokenizer,
+                   glimpse=GlimpseTokenizer)
 _effects = dict(gated='multiply', weighted='attention')  # how a scorer's scores enter
 _scored = {f'{name}_{way}': effect for way, effect in _effects.items()
-           for name in ('msvd', 'vit_conv', 'vit_cnn')}
-_reductions = {None: lambda dim: None, 'rest': RestToken, 'pool': lambda dim: GridPool()}
+           for name in ('msvd', 'vit_conv', 'vit_cnn')} | {'glimpse': 'attention'}
+_reductions = {None: lambda dim: None, 'rest': RestToken, 'cells': RestGrid,
+               'pool': lambda dim: GridPool()}
 _trained = files('sigma_tokenizer')/'weights'
 
 def list_models()->list[str]:
@@ -61,7 +64,7 @@ def has_scores(name:str)->bool:
 def _check_reduction(name, reduction, keep):
     scored, grid = has_scores(name), not tokenizer_class(name).square
     # means over cells have no scores
-    ways = [None, *(['rest'] if scored else ['pool']*grid)]
+    ways = [None, *(['rest', *['cells']*grid] if scored else ['pool']*grid)]
     if reduction in ways and (scored or reduction or not keep): return
     accepted = ', '.join(map(str, ways))
     if not scored: accepted += f', as the tokens of {name} have no scores'
@@ -101,7 +104,7 @@ class SigmaModel(
         num_heads:int=12,  # attention heads, a divisor of D
         mlp_ratio:float=4.,  # hidden width of a block's MLP, in units of D
         drop_rate:float=.1,  # dropout inside the encoder
-        reduction:str|None=None,  # 'rest', 'pool'; None drops
+        reduction:str|None=None,  # 'rest', 'cells', 'pool'; None drops
         keep:TopK|TopP|None=None,  # default budget; None keeps all tokens
         in_chans:int=3,  # channels C of the images
         classes:list[str]|None=None,  # names, in the order of the logits

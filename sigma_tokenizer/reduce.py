@@ -9,6 +9,7 @@ __all__ = ['RestToken', 'RestGrid', 'GridPool']
 
 # %% ../nbs/04_reduce.ipynb #4d53a86d
 import math, torch, torch.nn.functional as F
+from functools import partial
 from torch import Tensor, nn
 from .tokens import Tokens, check_int
 from .select import TopK, TopP, check_keep, gather_kept, keep_mask
@@ -58,11 +59,11 @@ class RestGrid(nn.Module):
         device:torch.device=None
     )->list[Tensor]:  # (N,) the cell of each token; (c,) the middle token of each cell
         "Where the cells lie"
-        (h, w), at = grid, lambda i, n, side: (2*i + 1)*side//(2*n)
-        rows, cols = (min(self.cells, max(1, side//2)) for side in grid)
-        of = [i*rows//h*cols + j*cols//w for i in range(h) for j in range(w)]
-        middle = [at(i, rows, h)*w + at(j, cols, w) for i in range(rows) for j in range(cols)]
-        return [torch.tensor(v, device=device) for v in (of, middle)]
+        rows, cols = sides = [min(self.cells, max(1, side//2)) for side in grid]
+        count = partial(torch.arange, device=device)
+        y, x = (count(side)*n//side for side, n in zip(grid, sides))
+        i, j = ((2*count(n) + 1)*side//(2*n) for side, n in zip(grid, sides))
+        return [(y[:, None]*cols + x).flatten(), (i[:, None]*grid[1] + j).flatten()]
 
     def forward(self,
         t:Tokens,  # N of a grid, row by row, without padding, with scores

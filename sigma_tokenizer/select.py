@@ -128,7 +128,8 @@ def gather_kept(
     x = t.x.gather(1, at[..., None].expand(-1, -1, t.x.shape[2]))
     mask = torch.arange(most, device=n.device) < n[:, None]
     scores = None if t.scores is None else t.scores.gather(1, at).masked_fill(~mask, 0)
-    return Tokens(x, mask, scores, t.position.gather(1, at), padded)
+    short = Tokens(x, mask, scores, t.position.gather(1, at), padded)
+    return t.read(short) if t.read else short
 
 # %% ../nbs/02_select.ipynb #a83a3725
 def check_keep(keep):

@@ -18,7 +18,7 @@ from .tokens import (Tokens, check_images, check_int, full_tokens,
 # %% ../nbs/05_stem.ipynb #05aa0002
 class GridTokenizer(nn.Module):
     "Base: a token for each patch. A subclass has `make`, its layers, and `vectors`"
-    square, normalized = False, True
+    square, normalized, takes_bytes = False, True, False
     def __init__(self,
         image_size:int|tuple[int, int]=256,  # n_tokens is for it, in pixels: side or (H, W)
         patch_size:int=16,  # side p of a token's patch, in pixels
@@ -35,7 +35,7 @@ class GridTokenizer(nn.Module):
     def forward(self,
         x:Tensor  # (B, C, H, W) normalised images, H and W multiples of p
     )->Tokens:  # N = H/p W/p, row by row
-        check_images(x, self, self.in_chans, multiple=self.patch_size)
+        check_images(x, self, self.in_chans, None, self.patch_size, self.takes_bytes)
         y = self.vectors(x)  # (B, H/p, W/p, D)
         return full_tokens(y.flatten(1, 2), y.shape[1:3])
 

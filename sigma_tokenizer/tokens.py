@@ -11,7 +11,7 @@ __all__ = ['no_float64', 'Tokens', 'full_tokens', 'scatter_tokens', 'pad_tokens'
 # %% ../nbs/01_tokens.ipynb #bc26d8fe
 from functools import wraps
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
     position:Tensor  # (B, N) int64 in the full sequence; -1: it sums up several
     padded:bool=True  # False promises that mask is all True
     grid:tuple[int, int]|None=None  # rows and columns, if the tokens fill an image row by row
+    read:Callable|None=None  # Tokens -> Tokens: adds what only kept tokens need
 
     def replace(self, **fields)->'Tokens':
         "The same tokens with some fields changed"
@@ -88,7 +89,8 @@ def check_images(
     module:nn.Module,  # takes the images, in the dtype of its first parameter
     in_chans:int=3,  # channels C
     side:int=None,  # side of the square images accepted, in pixels; None for any
-    multiple:int=1  # sides are multiples of this, in pixels
+    multiple:int=1,  # sides are multiples of this, in pixels
+    takes_bytes:bool=False  # are uint8 pixels accepted too?
 ):
     "Raise a `ValueError` unless `x` is a batch of images that the module can take"
     def refuse(got, accepted): raise ValueError(f'images: got {got}; accepted: {accepted}')
@@ -103,7 +105,8 @@ def check_images(
         refuse(f'{H}x{W} pixels', f'sides that are multiples of {multiple}')
     floating = (p.dtype for p in module.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
-    if x.dtype != dtype: refuse(f'dtype {x.dtype}', f'{dtype}, as the weights')
+    if x.dtype not in (dtype, *[torch.uint8]*takes_bytes):
+        refuse(f'dtype {x.dtype}', f'{dtype}, as the weights' + ', or bytes'*takes_bytes)
 
 # %% ../nbs/01_tokens.ipynb #e1048e53
 no_float64 = {'mps'}  # devices without it: Apple's GPUs

@@ -6,7 +6,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/training.html.md""
 
 # %% auto #0
 __all__ = ['gini_index', 'sparsity_loss', 'SparsityLoss', 'BudgetSchedule', 'distillation_loss', 'budget_loss',
-           'SelfDistillation', 'autocast', 'BFloat16', 'Batches', 'AdamW', 'spared_decay', 'create_learner']
+           'SelfDistillation', 'LookLoss', 'autocast', 'BFloat16', 'Batches', 'AdamW', 'spared_decay', 'create_learner']
 
 # %% ../nbs/14_training.ipynb #a473c7ad
 import math, random
@@ -152,6 +152,51 @@ class SelfDistillation(Callback):
         self.learn.loss_grad = budget_loss(self.pred, self.short, *self.yb, self.weight,
                                            self.loss_func)
         self.learn.loss = self.learn.loss_grad.clone()
+
+# %% ../nbs/14_training.ipynb #a5f3e359
+class LookLoss(Callback):
+    "Read all patches, tell the class from the best, teach the scores which those are"
+    order = 90  # after what changes the images
+    def __init__(self,
+        schedule:BudgetSchedule=BudgetSchedule(full=0.),  # of the encoder
+        alone:float=.3  # share of the training before the encoder joins
+    ):
+        check_number('alone', alone, '0 <= alone < 1', lambda a: 0 <= a < 1)
+        self.schedule, self.alone, self.judge = schedule, alone, None
+
+    def before_fit(self):
+        m = _unwrapped(self.model)
+        if not hasattr(m.tokenizer, 'windows'):
+            raise ValueError(f'LookLoss: got {type(m.tokenizer).__name__}; '
+                             'accepted: a model of name glimpse')
+        if self.judge is None: self.judge = nn.Linear(m.num_features, m.num_classes)
+        self.judge_opt = torch.optim.AdamW(self.judge.to(m.cls_token).parameters())
+
+    def before_batch(self):
+        if not self.training: return
+        m = _unwrapped(self.model); self.first = self.pct_train < self.alone
+        keep = TopK(1) if self.first else self.schedule.draw(m.n_tokens)
+        self.learn.xb = (*self.xb, keep)
+        self.hook = m.scorer.register_forward_hook(self._see)
+
+    def _see(self, module, inp, t):
+        self.hook.remove()
+        self.every, self.scores = t.read.all(), t.scores
+
+    def after_loss(self):
+        if not self.training: return
+        every, y = self.every.float(), self.yb[0]
+        best = self.loss_func(self.judge(every.amax(1)), y)
+        with torch.no_grad():
+            knows = self.judge(every).gather(2, y[:, None, None].expand(*every.shape[:2], 1))
+        share = self.scores/self.scores.sum(1, keepdim=True)
+        look = F.kl_div(share.clamp(min=1e-9).log(), knows[..., 0].softmax(1), reduction='batchmean')
+        self.learn.loss_grad = best + look + (0 if self.first else self.learn.loss_grad)
+        self.learn.loss = self.learn.loss_grad.clone()
+
+    def after_step(self):
+        self.judge_opt.param_groups[0]['lr'] = self.learn.opt.hypers[-1]['lr']
+        self.judge_opt.step(); self.judge_opt.zero_grad()
 
 # %% ../nbs/14_training.ipynb #75fae797
 def autocast(

@@ -202,7 +202,8 @@ def reduce(self:VisionTransformer,
     keep:TopK|TopP|None  # the budget; None for all tokens
 )->Tokens:
     "The tokens that the encoder reads at this budget"
-    return (self.reduction or select)(t, keep)
+    t = (self.reduction or select)(t, keep)
+    return t.read(t) if t.read else t
 
 # %% ../nbs/10_vit.ipynb #610c3c72
 @patch
