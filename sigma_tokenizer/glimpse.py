@@ -51,10 +51,11 @@ class GlimpseTokenizer(GridTokenizer):
         self.look = nn.Sequential(
             conv_layer(C, 2*w, 3, padding=1),
             *[conv_layer(2*w, 2*w, 4, 2, 1) for _ in range(halvings)], nn.Conv2d(2*w, D, 1))
+        stage = lambda i, o: (conv_layer(i, o, 3), conv_layer(o, o, 3), nn.MaxPool2d(2))
+        left = self.window//4 - 3; k = min(3, left)  # side that two stages leave
         self.pixels = nn.Sequential(
-            conv_layer(C, w, 4, 2), conv_layer(w, 2*w, 3), conv_layer(2*w, 2*w, 3, 2),
-            conv_layer(2*w, 4*w, 3), conv_layer(4*w, D, self.window//4 - 4, p//4),
-            nn.Conv2d(D, D, 1))
+            *stage(C, w), *stage(w, 2*w), conv_layer(2*w, 4*w, k),
+            conv_layer(4*w, D, left - k + 1, p//4), nn.Conv2d(D, D, 1))
 
 # %% ../nbs/09_glimpse.ipynb #09aa0008
 @patch

@@ -26,7 +26,6 @@ from sigma_tokenizer.evaluation import evaluate
 from sigma_tokenizer.checkpoint import train
 from sigma_tokenizer.stem import PatchTokenizer
 from sigma_tokenizer.vit import VisionTransformer
-import sigma_tokenizer.timm_models  # forward_intermediates and what else timm's models have
 from conftest import slow
 
 def first(split, n): return Split(split.images[:n], split.labels[:n])

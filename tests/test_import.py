@@ -26,18 +26,15 @@ print((end - start)/(between - start), *(set(sys.modules) - there))'''
         if float(ratio) < 1.25: break
     else: assert False, ratio
 
-def test_an_old_timm_is_named_only_when_needed(tmp_path):
+def test_an_old_timm_does_no_harm(tmp_path):
     (tmp_path/'timm').mkdir(); (tmp_path/'timm/__init__.py').write_text('__version__ = "0.6.0"')
     (tmp_path/'timm/models.py').write_text('')
     code = '''from sigma_tokenizer import create_model; import torch, timm
 assert timm.__version__ == "0.6.0"
 model = create_model("msvd_gated", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
 print(model(torch.rand(1, 3, 32, 32)).shape)
-import sigma_tokenizer.budget  # works without it
-try: import sigma_tokenizer.timm_models
-except ImportError as e: print(e)'''
-    shape, said = python(code, tmp_path, cwd=tmp_path).splitlines()
-    assert shape == 'torch.Size([1, 6])' and 'timm_models needs timm>=' in said
+import sigma_tokenizer.budget  # works without it'''
+    assert python(code, tmp_path, cwd=tmp_path).strip() == 'torch.Size([1, 6])'
 
 def test_no_module_of_unix_is_needed(tmp_path):
     code = '''import sys, importlib, pkgutil

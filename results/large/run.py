@@ -14,7 +14,7 @@ TASK: needle or several. NAME:
     shrunk-S      cnn on the image shrunk S times
     vit           patches of 16 pixels, each through a linear layer; three blocks as in ours
 
-Everyone is trained on canvases of 64, 128, 256 and 512 pixels in turn (one cycle each) for the same CPU time (`seconds`), in
+Everyone is trained on canvases of 32, 64, 128, 256 and 512 pixels in turn (one cycle each) for the same CPU time (`seconds`), in
 bfloat16, and evaluated on test images of 256, 512 and 1,024 pixels (1,000, 500, 250) after the stage of that size (1,024: after
 that of 512). glimpse-oracle in its file: the same weights, told which patches hold the red digits. Choices were made on `valid`.
 """
@@ -33,7 +33,8 @@ from sigma_tokenizer.training import BFloat16, BudgetSchedule, LookLoss, autocas
 here = Path(__file__).resolve().parent; sys.path.insert(0, str(here))
 from tasks import Canvases
 
-seconds, batch = {64: 120, 128: 160, 256: 160, 512: 160}, {64: 64, 128: 32, 256: 16, 512: 8}
+seconds = {32: 60, 64: 90, 128: 120, 256: 160, 512: 160}
+batch = {32: 128, 64: 64, 128: 32, 256: 16, 512: 8}
 tests = {256: 1000, 512: 500, 1024: 250}
 ks = [64, 32, 16, 8, 4, 2, 1]
 kind = dict(image_size=256, patch_size=16, num_classes=10, embed_dim=128, depth=3, num_heads=4, drop_rate=0.)
@@ -139,7 +140,7 @@ def run(task, name, seed, split='test', seconds=seconds, out=here):
         fit(learn, Batches(task, side, 3, 10**6), 1e-9); then = time.process_time()
         fit(learn, Batches(task, side, 6, 10**6), 1e-9); m.load_state_dict(state)
         steps = int(budget/(time.process_time() - then)*6); then = time.process_time()
-        fit(learn, Batches(task, side, steps, start), lr if side == 64 else lr/2); start += steps*batch[side]; look.alone = 0.
+        fit(learn, Batches(task, side, steps, start), lr if side < 128 else lr/2); start += steps*batch[side]; look.alone = 0.
         log.append(dict(side=side, steps=steps, images=steps*batch[side], seconds=round(time.process_time() - then, 1)))
         for s in [side, 1024][:1 + (side == 512)]:
             if s not in tests: hit, _ = evaluate(m, name, task, 'valid', s, 300); print(name, seed, s, 'valid', hit, log[-1], flush=True); continue
