@@ -54,9 +54,8 @@ class _Stop(Exception): pass
 
 class _Pass:
     "One pass of a model: what its blocks read, and what comes out of them"
-    def __init__(self, model, keeps, dense=False, t=None):
-        self.model, self.keeps, self.dense, self.t = model, keeps, dense, t
-        self.short, self.calls, self.was = None, [], []
+    def __init__(self, model, keep, dense=False):
+        self.model, self.keep, self.dense, self.short, self.was = model, keep, dense, None, []
         self.p, self.grad, self.grid = model.num_prefix_tokens, torch.is_grad_enabled(), ()
 
     def __enter__(self):
@@ -64,15 +63,14 @@ class _Pass:
         return self.model.vit
 
     def __exit__(self, *error):
-        _state.now, self.t, self.calls = self.was.pop(), None, []
+        _state.now = self.was.pop()
 
     def shorten(self, x):
         "Score the tokens, take what the budget keeps, note what goes where"
         self.rows = x.shape[1]
-        if self.keeps == [None] and not self.model.training: return x
-        t = self.model.scored(x, self.grid) if self.t is None else self.t
-        if len(self.keeps) > 1: self.t = t
-        short, n = self.model.reduce(t, self.keeps[0]), t.x.shape[1]
+        if self.keep is None and not self.model.training: return x
+        t = self.model.scored(x, self.grid)
+        short, n = self.model.reduce(t, self.keep), t.x.shape[1]
         self.short = None if short is t else short.replace(x=None, scores=None)
         if self.short:
             cell, self.middle = self.model.rest.cells_of(t.grid, x.device)
@@ -123,7 +121,7 @@ def extras(self:_Pass, x, kw):
     if name: kw[name] = None
     if short.padded:
         if not name:
-            raise ValueError(f'keep: got {self.keeps[0]}; accepted: TopK(k), as the '
+            raise ValueError(f'keep: got {self.keep}; accepted: TopK(k), as the '
                              f'blocks of {type(m.vit).__name__} take no mask')
         seen = F.pad(short.mask, (self.p, 0), value=True)[:, None, None]
         kw[name] = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
@@ -140,27 +138,19 @@ def before(self:_Pass, i, block, args, kw):
     if len(args) > len(m.names): raise ValueError(f'{len(args)} arguments of a block')
     kw = dict(zip(m.names, args)) | kw
     x = _mark(kw.pop(m.names[0]), self)
-    if not self.keeps: raise _Stop(x)
-    if len(self.keeps) > 1: self.calls.append((block, x, kw))
+    if self.keep is _Stop: raise _Stop(x)
     if i == m.after: x = self.shorten(x)
     elif self.dense and self.short: x = self.move(x, self.again())
     return (_mark(x, self),), self.extras(x, kw)
 
 @patch
 def behind(self:_Pass, i, y):
-    "What comes out of block i instead: of the last one whole grids, for each budget"
-    m, last = self.model, i == len(self.model.blocks) - 1
-    if i < m.after or not (last or self.dense): return
-    hidden = lambda y: y[0] if isinstance(y, tuple) else y
-    if hidden(y).shape[1] != self.rows: raise ValueError('blocks that add tokens')
-    outs = [self.move(hidden(y), self.whole) if self.short else hidden(y)]
-    for keep in self.keeps[1:]*last:
-        x = self.calls[0][1]
-        with _Pass(m, [keep], t=self.t):
-            for block, _, kw in self.calls: x = hidden(block(x, **kw))
-        outs.append(x)
-    if last: self.t, self.calls = None, []  # a second call begins anew
-    return (torch.cat(outs), *y[1:]) if isinstance(y, tuple) else torch.cat(outs)
+    "What comes out of block i instead: of the last one whole grids"
+    m, out = self.model, y[0] if isinstance(y, tuple) else y
+    if i < m.after or not (i == len(m.blocks) - 1 or self.dense): return
+    if out.shape[1] != self.rows: raise ValueError('blocks that add tokens')
+    if self.short: out = self.move(out, self.whole)
+    return (out, *y[1:]) if isinstance(y, tuple) else out
 
 # %% ../nbs/18_budget.ipynb #5b0c0006
 def _marks(x): return x.__dict__ if x.grad_fn is None else x.grad_fn.metadata
@@ -270,7 +260,7 @@ def embed(self:Budgeted,
 @patch
 def _hidden(self:Budgeted, x):
     "What block `after` reads, and the grid of its tokens"
-    run = _Pass(self, [])
+    run = _Pass(self, _Stop)
     try:
         with run: self.vit(x)
     except _Stop as stop: return stop.args[0], run.grid
@@ -307,24 +297,19 @@ def forward(self:Budgeted,
     keep:TopK|TopP|None|list|str='default',  # budget; None: all; 'default': model.keep
     **kw  # the model's own arguments
 ):  # the model's answer; of a list of n budgets the logits, (n, B, num_classes)
-    "What the model says at this budget; several share the first blocks"
+    "What the model says at this budget, or at each of several"
     if isinstance(x, Mapping): x, kw = None, {**x, **kw}
-    several = isinstance(keep, (list, tuple))
-    keeps = [resolve_keep(k, self.keep) for k in (keep if several else [keep])]
-    check_int('budgets', len(keeps))
-    if several and any(getattr(m, name, False) for m in self.vit.modules()
-                       for name in ('grad_checkpointing', 'gradient_checkpointing')):
-        return torch.stack([_logits(self(x, k, **kw)) for k in keeps])
+    if isinstance(keep, (list, tuple)):
+        check_int('budgets', len(keep))
+        return torch.stack([_logits(self(x, k, **kw)) for k in keep])
     dense = self.dense or kw.get('output_hidden_states')
-    with _Pass(self, keeps, dense): out = self.vit(*[x]*(x is not None), **kw)
-    if not several: return out
-    y = _logits(out)
-    return y.view(len(keeps), len(y)//len(keeps), *y.shape[1:])
+    with _Pass(self, resolve_keep(keep, self.keep), dense):
+        return self.vit(*[x]*(x is not None), **kw)
 
 @patch
 def using(self:Budgeted, keep:TopK|TopP|None='default'):
     "A context in which `model.vit` has this budget, and whole grids behind every block"
-    return _Pass(self, [resolve_keep(keep, self.keep)], True)
+    return _Pass(self, resolve_keep(keep, self.keep), True)
 
 # %% ../nbs/18_budget.ipynb #5b0c0009
 @patch

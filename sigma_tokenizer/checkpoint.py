@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from .data import atomic_write  # before fastai: it silences a warning
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from .tokens import check_int, check_number
@@ -40,18 +40,14 @@ def _set_random_states(learn, states):
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
 
 class Checkpoint(Callback):
-    "Log each epoch, keep a checkpoint, begin no epoch that would miss the deadline"
+    "Log each epoch and keep a checkpoint"
     order = 80  # after the recorder, and after what skips the epochs that are done
     def __init__(self,
         path:str|Path=None,  # the checkpoint; none is kept if None
-        settings:str='',  # what the run is: a checkpoint of another is refused
-        deadline:float=math.inf,  # in seconds, as time.time() tells it
-        spare_epochs:float=0.  # time needed after the last epoch, in epochs
+        settings:str=''  # what the run is: a checkpoint of another is refused
     ):
         self.path, self.settings = path and Path(path), settings
-        self.deadline = deadline - time.time() + time.monotonic()
-        self.spare_epochs = spare_epochs
-        self.log, self.saved, self.next_save, self.unsaved = [], None, 0., False
+        self.log, self.saved, self.next_save = [], None, 0.
 
 # %% ../nbs/14_checkpoint.ipynb #8ed0d70a
 @patch
@@ -84,17 +80,12 @@ def save(self:Checkpoint):
                  smooth_loss=(smooth.count, float(smooth.val)))
     torch.save(state, buffer := BytesIO())  # to a file it hides that the disk is full
     with atomic_write(self.path) as new: new.write_bytes(buffer.getbuffer())
-    now = time.monotonic()
-    self.next_save, self.unsaved = now + 50*(now - start), False
+    self.next_save = (now := time.monotonic()) + 50*(now - start)
 
 # %% ../nbs/14_checkpoint.ipynb #429c2bf3
 @patch
 def before_epoch(self:Checkpoint):
-    "Stop if time is short; after a resume, restore the random states"
-    needed = 1 + self.spare_epochs*(self.epoch == self.n_epoch - 1)
-    if self.log and time.monotonic() + needed*self.log[-1]['seconds'] > self.deadline:
-        if self.unsaved: self.save()
-        raise CancelFitException()
+    "Start the clock; after a resume, restore the random states"
     self.start = time.perf_counter()
     if self.saved:
         _set_random_states(self.learn, self.saved['random'])
@@ -117,8 +108,8 @@ def after_epoch(self:Checkpoint):
     if not hasattr(self.learn, 'progress'):
         print(f'epoch {self.epoch + 1} of {self.n_epoch}: loss {loss:.4f}, '
               f'accuracy {acc:.3f}, {seconds:.1f} s', flush=True)
-    self.unsaved, last = bool(self.path), self.epoch == self.n_epoch - 1
-    if self.unsaved and (time.monotonic() >= self.next_save or last): self.save()
+    last = self.epoch == self.n_epoch - 1
+    if self.path and (time.monotonic() >= self.next_save or last): self.save()
 
 # %% ../nbs/14_checkpoint.ipynb #92492228
 def train(
@@ -126,9 +117,9 @@ def train(
     epochs:int,  # in all, those of a checkpoint included
     lr:float,  # peak learning rate
     schedule:str,  # 'one_cycle' or 'constant'
-    **checkpoint  # of Checkpoint: path, settings, deadline, spare_epochs
+    **checkpoint  # of Checkpoint: path, settings
 )->list[dict]:  # epoch, train_loss (a running mean), train_accuracy, seconds
-    "Fit without validation; the log is shorter if the deadline comes first"
+    "Fit without validation"
     if schedule not in ('one_cycle', 'constant'):
         raise ValueError(f"schedule: got {schedule!r}; "
                          "accepted: 'one_cycle', 'constant'")

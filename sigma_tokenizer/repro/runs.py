@@ -8,7 +8,7 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/runs.html.md"""
 __all__ = ['provenance', 'run_once', 'reproduce', 'sigma_reproduce']
 
 # %% ../../nbs/24_runs.ipynb #b57a6491
-import hashlib, json, math, random, shutil, subprocess, sys, time
+import hashlib, json, random, shutil, subprocess, sys, time
 from functools import cache
 from importlib import metadata
 from importlib.resources import files
@@ -137,9 +137,8 @@ def run_once(
     data:ImageData,
     device:str='cpu',
     checkpoint:Path=None,  # file to keep after each epoch, and to go on from
-    deadline:float=math.inf,  # in seconds, as time.time() tells it: no epoch ends later
     folder:Path=None  # where to keep the trained model
-)->tuple[dict, dict]|None:  # result and predictions for save_result; None: out of time
+)->tuple[dict, dict]:  # result and predictions for save_result
     "Train one model and evaluate it for all its rows"
     t, rows = config['train'], _rows(run, config)
     about = dict(run=run, seed=seed, config=config, data=_describe(data),
@@ -150,12 +149,8 @@ def run_once(
                         t.get('augment', 'crop'))
     model = _new_model(config, data, device)
     learn = create_learner(model, dls, t['wd'], _callbacks(config), decay_all=True)
-    # evaluation, in epochs: a forward pass is a third of a step; short ones take less
-    spare = len(rows)*len(data.test)/len(data.train)/3
     epochs = train(learn, t['epochs'], t['lr'], t['schedule'], path=checkpoint,
-                   settings=settings, deadline=deadline, spare_epochs=spare)
-    if len(epochs) < t['epochs']: return None
-    if time.time() + spare*epochs[-1]['seconds'] > deadline: return None
+                   settings=settings)
     if folder:
         part = folder.with_name(f'.{folder.name}.part')
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,10 +162,8 @@ def _load(data, image_size, holdout):
     data = load_data(data, image_size)
     return data if holdout is None else hold_out(data, holdout)
 
-def _run_job(run, seed, config, data, fingerprint, holdout, device, out, deadline,
-             weights):
-    "Load the data, make one run, leave its result in `out` if there is time"
-    if time.time() > deadline: return
+def _run_job(run, seed, config, data, fingerprint, holdout, device, out, weights):
+    "Load the data, make one run, leave its result in `out`"
     dataset = _load(data, config['model']['image_size'], holdout)
     if dataset.fingerprint != fingerprint:
         raise ValueError(f'data: {data} has changed since the command began')
@@ -178,8 +171,8 @@ def _run_job(run, seed, config, data, fingerprint, holdout, device, out, deadlin
     for part in Path(out).glob(f'.{path.stem}.*part'):  # of a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     folder = path.with_suffix('') if weights else None
-    done = run_once(run, config, seed, dataset, device, checkpoint, deadline, folder)
-    if done: save_result(out, *done); checkpoint.unlink(missing_ok=True)
+    save_result(out, *run_once(run, config, seed, dataset, device, checkpoint, folder))
+    checkpoint.unlink(missing_ok=True)
 
 # %% ../../nbs/24_runs.ipynb #9ccbc65a
 def reproduce(
@@ -193,11 +186,9 @@ def reproduce(
     holdout:float=None,  # evaluate on this share of the training split instead
     device:str=None,  # cpu, cuda, cuda:1 (default: a GPU if there is one)
     out:str=None,  # results' folder (default: runs/PRESET, or runs/PRESET_EPOCHS)
-    minutes:float=None,  # stop in time; the next call goes on (default: no limit)
     weights:bool=False  # keep each trained model beside its result
 )->pd.DataFrame:  # result_table of all results in out
     "Train what is asked, evaluate every row, write results, table and chart"
-    deadline = time.time() + 60*(math.inf if minutes is None else minutes)
     items = lambda x: [s.strip() for s in x.split(',')] if isinstance(x, str) else x
     settings = load_preset(preset); data = data or settings['data']
     todo = plan(settings, items(methods), seeds and [int(s) for s in items(seeds)])
@@ -214,7 +205,7 @@ def reproduce(
           f'{len(dataset.in_both)} images in both splits')
     work = [dict(run=run, seed=seed, config=configs[run], data=data,
                  fingerprint=dataset.fingerprint, holdout=holdout, device=device,
-                 out=str(out), deadline=deadline, weights=weights)
+                 out=str(out), weights=weights)
             for run, seed in todo]
     out.mkdir(parents=True, exist_ok=True)
     def check():  # again and again: another process may write here too
