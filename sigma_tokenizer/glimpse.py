@@ -13,7 +13,7 @@ from fastcore.basics import patch
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .tokens import Tokens, check_int, imagenet_normalize
-from .stem import GridTokenizer, channels_last
+from .stem import GridTokenizer, channels_last, halvings
 
 # %% ../nbs/09_glimpse.ipynb #09aa0006
 def conv_layer(
@@ -29,33 +29,27 @@ class GlimpseTokenizer(GridTokenizer):
     takes_bytes = True
     def __init__(self, image_size=256, patch_size=16, embed_dim=768,  # as above
         shrink:int=4,  # side of the square whose mean is a pixel of the thumbnail
-        margin:int=8,  # pixels around a patch that are read with it
-        width:int=16,  # channels of the first layer
+        width:int=16,  # channels of the first stage
         in_chans=3
     ):
-        for name, n in dict(shrink=shrink, width=width).items(): check_int(name, n)
-        check_int('patch_size', patch_size, 4); check_int('margin', margin, 0)
-        self.shrink, self.margin, self.width = shrink, margin, width
-        self.window, thumb = patch_size + 2*margin, patch_size//shrink
-        if patch_size % 4 or patch_size % shrink or thumb & (thumb - 1):
-            raise ValueError(f'patch_size, shrink: got {patch_size}, {shrink}; accepted: a '
-                             'multiple of 4, and its part by a power of two')
-        if self.window < 20 or self.window % 4:
-            raise ValueError(f'margin: got {margin}; accepted: so many that patch and '
-                             'margins are 20, 24, 28, ... pixels')
+        check_int('shrink', shrink); check_int('width', width); halvings(patch_size)
+        if patch_size % shrink or shrink & (shrink - 1):
+            raise ValueError(f'shrink: got {shrink}; accepted: a power of two, up to the '
+                             f'patch_size, {patch_size}')
+        self.shrink, self.width, self.margin = shrink, width, patch_size - 2
         super().__init__(image_size, patch_size, embed_dim, in_chans)
 
     def make(self):
-        p, w, D, C = self.patch_size, self.width, self.embed_dim, self.in_chans
-        halvings = (p//self.shrink).bit_length() - 1
+        C, w, D = self.in_chans, self.width, self.embed_dim
+        n, widths = halvings(self.patch_size), [C, *[w*2**i for i in range(10)]]
+        looks = [C, *[2*w]*((self.patch_size//self.shrink).bit_length() - 1)]
         self.look = nn.Sequential(
-            conv_layer(C, 2*w, 3, padding=1),
-            *[conv_layer(2*w, 2*w, 4, 2, 1) for _ in range(halvings)], nn.Conv2d(2*w, D, 1))
-        stage = lambda i, o: (conv_layer(i, o, 3), conv_layer(o, o, 3), nn.MaxPool2d(2))
-        left = self.window//4 - 3; k = min(3, left)  # side that two stages leave
+            *[conv_layer(i, o, 4, 2, 1) for i, o in zip(looks, looks[1:])],
+            conv_layer(looks[-1], 2*w, 3, 1, 1), nn.Conv2d(2*w, D, 1))
         self.pixels = nn.Sequential(
-            *stage(C, w), *stage(w, 2*w), conv_layer(2*w, 4*w, k),
-            conv_layer(4*w, D, left - k + 1, p//4), nn.Conv2d(D, D, 1))
+            *[nn.Sequential(conv_layer(i, o, 3), conv_layer(o, o, 3), nn.MaxPool2d(2))
+              for i, o in zip(widths[:n - 1], widths[1:])],
+            conv_layer(widths[n - 1], D, 2, 2), nn.Conv2d(D, D, 1))
 
 # %% ../nbs/09_glimpse.ipynb #09aa0008
 @patch

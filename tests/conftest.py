@@ -22,6 +22,7 @@ def slow(*values):
 
 small = dict(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 variants = [*((name, {}) for name in list_models()), ('msvd_gated', dict(reduction='rest')),
+            ('glimpse', dict(reduction='cells', shrink=2)),
             ('msvd', dict(reduction='pool')), ('vit_conv', dict(reduction='pool')), ('vit_conv_gated', dict(depth=0)),
             ('fft', dict(energy=.9)), ('fft', dict(filter_size=8, band='high')),
             ('fft', dict(cut='patches', energy=.95)), ('fft', dict(cut='radial_bins', filter_size=16)),
@@ -51,7 +52,8 @@ def model(i, dtype=torch.float32):
                 part.running_mean.normal_(0, .1); part.running_var.uniform_(.2, 2.)
                 part.weight.uniform_(.5, 1.5); part.bias.normal_(0, .1)
         if m.scorer is not None: m.scorer.mlp[-1].weight.mul_(8)
-        tok.proj.weight.div_(tok.eval()(batch([('crop', 0), ('crop', 1), ('noise', 0)])).x.std((0, 1)).mean())
+        last = tok.look[-1] if hasattr(tok, 'look') else tok.proj
+        last.weight.div_(tok.eval()(batch([('crop', 0), ('crop', 1), ('noise', 0)])).x.std((0, 1)).mean())
     return m.eval().requires_grad_(False).to(dtype)
 
 photos = sample_photos()

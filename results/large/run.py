@@ -1,11 +1,11 @@
 """Small things on large images (tasks.py): our glimpses beside every duller way.  nbs/34_large.ipynb shows what came out.
 
-    python run.py TASK NAME[@SEED]...    train and evaluate: TASK/NAME@SEED.json and .npz    about 10 minutes each on one core
+    python run.py TASK NAME[@SEED]...    train and evaluate: TASK/NAME@SEED.json and .npz    about 8 minutes each on one core
     python run.py time                   time.json: milliseconds and memory of an answer; on a machine that does nothing else
 
 TASK: needle or several. NAME:
 
-    glimpse       ours: create_model('glimpse'), patches of 16 pixels, read with 8 more around; LookLoss
+    glimpse       ours: create_model('glimpse'), patches of 16 pixels, read with 14 more around; LookLoss
     random        the same, but what is read is drawn at random, in training too
     sampling      the same two networks as Katharopoulos and Fleuret (2019) use theirs: patches are sampled from the look's
                   softmax, their features averaged
@@ -33,7 +33,7 @@ from sigma_tokenizer.training import BFloat16, BudgetSchedule, LookLoss, autocas
 here = Path(__file__).resolve().parent; sys.path.insert(0, str(here))
 from tasks import Canvases
 
-seconds = {32: 60, 64: 90, 128: 120, 256: 160, 512: 160}
+seconds = {32: 70, 64: 90, 128: 90, 256: 90, 512: 80}
 batch = {32: 128, 64: 64, 128: 32, 256: 16, 512: 8}
 tests = {256: 1000, 512: 500, 1024: 250}
 ks = [64, 32, 16, 8, 4, 2, 1]

@@ -4,8 +4,8 @@
     several   five red digits, three of them the same: which one?         10 classes
 
 The digits are scikit-learn's (8 x 8 pixels), drawn 8 to 12 pixels high at any place, 0.6 to 1 as bright as they can be. On a
-canvas of noise lie, besides: eight red decoys, each a digit whose pixels are shuffled, as red and as large as the others (fewer
-on the smallest canvas), and digits in four other colours, one for each 32 x 32 pixels. Red things do not overlap.
+canvas of noise lie, besides: eight red decoys (fewer below 256 pixels), each a digit whose pixels are shuffled, as red and as large as the others, and digits in four other colours, one for each 32 x 32 pixels. Red things do not
+overlap. Canvases of 32 and 64 pixels hold one red digit in both tasks.
 Shrunk four times, a red digit and a decoy are the same two or three red pixels: a thumbnail says where to look, not what is there.
 Source digits of each split: train 1,200, valid 300, test 297. A canvas of 256 pixels has one pixel of the needle in about 650,
 one of 1,024 pixels one in 10,500.
@@ -35,9 +35,9 @@ class Canvases:
     def __getitem__(self, i):
         "(side, side, 3) uint8, the class, and the middles (row, column) of the red digits"
         rng, side = np.random.default_rng([*self.seed, i]), self.side
-        if self.task == 'several': a, b, c = rng.choice(10, 3, replace=False); names = [a, a, a, b, c]
+        if self.task == 'several' and side > 64: a, b, c = rng.choice(10, 3, replace=False); names = [a, a, a, b, c]
         else: names = [rng.integers(10)]
-        decoys, others, n = min(8, side//20), (side//32)**2, len(self.y)
+        decoys, others, n = min(8, side//20 - 1), (side//32)**2, len(self.y)
         things = [(self.digits, rng.choice(self.of[c]), red) for c in names]
         things += [(self.decoys, rng.integers(n), red) for _ in range(decoys)]
         k = len(things)
@@ -46,7 +46,9 @@ class Canvases:
         place = lambda j: (rng.random(2)*(side - s[j] + 1)).astype(int)
         at = [place(j) for j in range(len(things))]
         for j in range(1, k):
-            while (abs(np.array(at[:j]) - at[j]).max(1) < 13).any(): at[j] = place(j)
+            for _ in range(50):
+                if (abs(np.array(at[:j]) - at[j]).max(1) >= 13).all(): break
+                at[j] = place(j)
         noise = rng.integers(0, 64, (64, 64, 3), np.uint8); tiles = -(-side//64)
         x = np.tile(noise, (tiles, tiles, 1))[:side, :side].copy()
         for j in reversed(range(len(things))):
