@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 from PIL import Image
 import sigma_tokenizer
 from sigma_tokenizer.repro.experiments import load_experiments, load_preset, plan, run_config
-from sigma_tokenizer.repro.results import load_predictions, load_results, metrics, result_path
-from sigma_tokenizer.repro.tables import result_table, table_lines, write_summary
+from sigma_tokenizer.repro.results import (load_predictions, load_results, metrics, result_path, result_table,
+                                            table_lines, write_summary)
 
 root, write = Path(__file__).resolve().parent.parent, '--write' in sys.argv
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
