@@ -77,7 +77,7 @@ image_formats = 'BMP', 'DIB', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP'
 
 def decode(
     file:str|Path,
-    side:int,  # in pixels
+    side:int|None,  # in pixels; None: as it is
     bits:int=16  # 8 to 16, used by grey pixels of more than 8; larger values are white
 )->tuple[np.ndarray, str]|str:  # (side, side, 3) uint8 and a digest, or what is wrong
     "One image, upright, in RGB, resized to a square"
@@ -101,7 +101,8 @@ def decode(
     except OSError as e: return e.strerror or str(e).replace(str(file), Path(file).name)
     except Exception as e: return f'{type(e).__name__}: {e}'
     digest = hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()[:16]
-    return np.asarray(im.resize((side, side), Image.Resampling.BILINEAR)), digest
+    if side: im = im.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(im), digest
 
 # %% ../nbs/12_data.ipynb #f0241e3e
 def random_crop(

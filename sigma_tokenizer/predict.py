@@ -35,7 +35,7 @@ class Prediction:
 @torch.no_grad()
 def predict(
     model:SigmaModel,  # in evaluation mode
-    images:Tensor,  # (B, 3, M, M) in [0, 1]
+    images:Tensor,  # (B, 3, M, M) in [0, 1]; glimpse: of any size, also uint8
     keep:TopK|TopP|None|str='default'  # budget; None: all tokens; 'default': model.keep
 )->list[Prediction]:
     "The most likely class of each image"
@@ -46,7 +46,8 @@ def predict(
         bad = ', '.join(f'images[{i}]' for i in bad)
         raise ValueError(f'images: got NaN or infinite pixels in {bad}; '
                          'accepted: finite ones')
-    full = model.embed(imagenet_normalize(images) if model.normalize else images)
+    if model.normalize and images.is_floating_point(): images = imagenet_normalize(images)
+    full = model.embed(images)
     short = model.reduce(full, resolve_keep(keep, model.keep))
     probability, best = model.head(model.encode(short)).float().softmax(-1).max(-1)
     n = int(full.position.max()) + 1  # also for padding and the rest token, below
@@ -93,6 +94,7 @@ def _predict_files(files, model, keep, out, bits):
         raise ValueError(f'model: got {config["name"]}, {config["reduction"]}, '
                          f'{config["in_chans"]} channels, {side} pixels; accepted: '
                          'one that keeps patches of square RGB images')
+    patch, whole = model.tokenizer.patch_size, model.tokenizer.takes_bytes
     stems = [os.fsencode(f.stem)[:246].decode(errors='ignore') for f in files]
     pictures = [out.resolve()/f'{stem}.kept.png' for stem in stems]  # up to 255 bytes
     uses = Counter([*pictures, *(f.resolve() for f in files)])
@@ -101,12 +103,17 @@ def _predict_files(files, model, keep, out, bits):
                          'accepted: files whose names differ')
     bad = 0
     for file, picture in zip(files, pictures):
-        got = [decode(file, n, bits) for n in (side, 256)]
+        got = [decode(file, n, bits) for n in ([None] if whole else [side, 256])]
         if isinstance(got[0], str):
             print(f'{file}: {got[0]}', file=sys.stderr)
             bad += 1; continue
-        image, large = (torch.tensor(pixels).permute(2, 0, 1)/255 for pixels, _ in got)
-        p = predict(model, image[None].to(model.cls_token), keep)[0]
+        image, large = (torch.tensor(got[i][0]).movedim(2, 0) for i in (0, -1))
+        if whole:  # bytes, cut to whole patches; a picture of about 512 pixels
+            h, w = (n//patch*patch for n in image.shape[1:])
+            image = image[:, :h, :w]; step = max(1, max(h, w)//512)
+            large = image[:, ::step, ::step]
+        else: image = (image/255).to(model.cls_token)
+        p, large = predict(model, image[None], keep)[0], large/255
         said = f'{p.label} {p.probability:.2f}'
         out.mkdir(parents=True, exist_ok=True)
         fig = show_kept(large, p.kept, p.scores, said, Figure())

@@ -159,14 +159,17 @@ class LookLoss(Callback):
     order = 90  # after what changes the images
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule(full=0.),  # of the encoder
-        alone:float=.3  # share of the training before the encoder joins
+        alone:float=.3,  # share of the training before the encoder joins
+        read:str='all'  # or 'kept': no patch but those of the budget; the scores learn less
     ):
         check_number('alone', alone, '0 <= alone < 1', lambda a: 0 <= a < 1)
-        self.schedule, self.alone, self.judge = schedule, alone, None
+        if read not in ('all', 'kept'):
+            raise ValueError(f"read: got {read!r}; accepted: 'all', 'kept'")
+        self.schedule, self.alone, self.read, self.judge = schedule, alone, read, None
 
     def before_fit(self):
         m = _unwrapped(self.model)
-        if not hasattr(m.tokenizer, 'windows'):
+        if not hasattr(m.tokenizer, 'pixels'):
             raise ValueError(f'LookLoss: got {type(m.tokenizer).__name__}; '
                              'accepted: a model of name glimpse')
         if self.judge is None: self.judge = nn.Linear(m.num_features, m.num_classes)
@@ -174,23 +177,24 @@ class LookLoss(Callback):
 
     def before_batch(self):
         if not self.training: return
-        m = _unwrapped(self.model); self.first = self.pct_train < self.alone
+        m, every = _unwrapped(self.model), self.read == 'all'
+        m.tokenizer.pixels.train(every)  # the statistics of BatchNorm are of all patches
+        self.first = every and self.pct_train < self.alone
         keep = TopK(1) if self.first else self.schedule.draw(m.n_tokens)
         self.learn.xb = (*self.xb, keep)
-        self.hook = m.scorer.register_forward_hook(self._see)
+        if every: self.hook = m.scorer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
         self.hook.remove()
         self.every, self.scores = t.read.all(), t.scores
 
     def after_loss(self):
-        if not self.training: return
+        if not self.training or self.read == 'kept': return
         every, y = self.every.float(), self.yb[0]
         best = self.loss_func(self.judge(every.amax(1)), y)
-        with torch.no_grad():
-            knows = self.judge(every).gather(2, y[:, None, None].expand(*every.shape[:2], 1))
+        with torch.no_grad(): knows = self.judge(every).mT[torch.arange(len(y)), y]  # (B, N)
         share = self.scores/self.scores.sum(1, keepdim=True)
-        look = F.kl_div(share.clamp(min=1e-9).log(), knows[..., 0].softmax(1), reduction='batchmean')
+        look = F.kl_div(share.clamp(min=1e-9).log(), knows.softmax(1), reduction='batchmean')
         self.learn.loss_grad = best + look + (0 if self.first else self.learn.loss_grad)
         self.learn.loss = self.learn.loss_grad.clone()
 

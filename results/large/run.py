@@ -5,7 +5,8 @@
 
 TASK: needle or several. NAME:
 
-    glimpse       ours: create_model('glimpse'), patches of 16 pixels, read with 14 more around; LookLoss
+    glimpse       ours: create_model('glimpse'), patches of 16 pixels, read with 14 more around; LookLoss, which reads
+                  all patches of canvases up to 128 pixels, and then only 4 to 32
     random        the same, but what is read is drawn at random, in training too
     sampling      the same two networks as Katharopoulos and Fleuret (2019) use theirs: patches are sampled from the look's
                   softmax, their features averaged
@@ -114,7 +115,7 @@ def evaluate(m, name, task, split, side, n):
         with autocast('cpu', 'bfloat16'):
             if name in ('glimpse', 'random'):
                 t = m.embed(x)
-                for k in ks + [None]*(side < 512): add(str(k), m.head(m.encode(m.reduce(t, k and TopK(k)))))
+                for k in ks: add(str(k), m.head(m.encode(m.reduce(t, k and TopK(k)))))
                 if name == 'glimpse':
                     cells = (at//16)[..., 0]*(side//16) + (at//16)[..., 1]
                     told = t.scores*.5 + torch.zeros_like(t.scores).scatter(1, cells, .5)
@@ -131,8 +132,10 @@ def run(task, name, seed, split='test', seconds=seconds, out=here):
     torch.set_num_threads(1); set_seed(seed, reproducible=True)
     m, start, log, arrays, accuracy = make(name), 0, [], {}, {}
     lr = dict(vit=5e-4).get(name, 2e-3)
-    look = LookLoss(BudgetSchedule(1, 32, 0.), alone=.7)
+    look = LookLoss(BudgetSchedule(1, 32, 0.))
     for side, budget in seconds.items():
+        look.alone = .7*(side == 32)
+        if side > 128: look.read, look.schedule = 'kept', BudgetSchedule(4, 32, 0.)
         cbs = [BFloat16()] + [look]*(name == 'glimpse')
         if name == 'random': cbs.append(RandomReading())
         learn = create_learner(m, Batches(task, side, 1, 0), wd=.01, cbs=cbs)
@@ -140,7 +143,7 @@ def run(task, name, seed, split='test', seconds=seconds, out=here):
         fit(learn, Batches(task, side, 3, 10**6), 1e-9); then = time.process_time()
         fit(learn, Batches(task, side, 6, 10**6), 1e-9); m.load_state_dict(state)
         steps = int(budget/(time.process_time() - then)*6); then = time.process_time()
-        fit(learn, Batches(task, side, steps, start), lr if side < 128 else lr/2); start += steps*batch[side]; look.alone = 0.
+        fit(learn, Batches(task, side, steps, start), lr/(1 if side < 128 else 2 if side == 128 else 5)); start += steps*batch[side]
         log.append(dict(side=side, steps=steps, images=steps*batch[side], seconds=round(time.process_time() - then, 1)))
         for s in [side, 1024][:1 + (side == 512)]:
             if s not in tests: hit, _ = evaluate(m, name, task, 'valid', s, 300); print(name, seed, s, 'valid', hit, log[-1], flush=True); continue
