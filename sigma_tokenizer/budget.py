@@ -182,6 +182,7 @@ def _behind(tag, i, block, args, kw, y):
 # %% ../nbs/18_budget.ipynb #5b0c0007
 class Budgeted(nn.Module):
     "A ViT, and beside it a scorer and rest tokens"
+    reduce = property(lambda self: self.rest)  # (Tokens, budget) -> Tokens
     def __init__(self,
         vit:nn.Module,  # trained: of timm, of transformers, or your own
         after:int,  # blocks that see all tokens, 0 to depth - 1
@@ -275,11 +276,6 @@ def scored(self:Budgeted, x:Tensor, grid:tuple[int, int])->Tokens:
     t, w = self.scorer(full_tokens(x, grid)), grid[1]
     spread = [(i//w*.5698403 + i%w*.7548777) % 1 for i in range(n)]
     return t.replace(scores=torch.lerp(t.scores, t.scores.new_tensor(spread), 2**-8))
-
-@patch(as_prop=True)
-def reduce(self:Budgeted):
-    "(Tokens, budget) -> Tokens: what is kept, and before it the rest tokens"
-    return self.rest
 
 # %% ../nbs/18_budget.ipynb #7e889e77
 def _logits(out):

@@ -21,10 +21,6 @@ from fastai.learner import Learner
 from .tokens import check_int, check_number
 
 # %% ../nbs/14_checkpoint.ipynb #7be76d9d
-class _NoValidation(Callback):
-    "Leave the validation split alone during training"
-    def before_validate(self): raise CancelValidException()
-
 def _random_states(learn):
     "The state of every random number generator that training draws from"
     kind, keys, *rest = np.random.get_state()
@@ -83,6 +79,9 @@ def save(self:Checkpoint):
     self.next_save = (now := time.monotonic()) + 50*(now - start)
 
 # %% ../nbs/14_checkpoint.ipynb #429c2bf3
+@patch  # the validation split is left alone
+def before_validate(self:Checkpoint): raise CancelValidException()
+
 @patch
 def before_epoch(self:Checkpoint):
     "Start the clock; after a resume, restore the random states"
@@ -136,6 +135,6 @@ def train(
         recorder.train_metrics, recorder.valid_metrics = True, False
         with quiet[0], quiet[-1]:
             if done < epochs:
-                fit(epochs, lr, cbs=[log, _NoValidation()], start_epoch=done)
+                fit(epochs, lr, cbs=log, start_epoch=done)
     finally: recorder.train_metrics, recorder.valid_metrics = own
     return log.log

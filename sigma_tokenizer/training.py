@@ -160,12 +160,10 @@ class LookLoss(Callback):
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule(full=0.),  # of the encoder
         alone:float=.3,  # share of the training before the encoder joins
-        read:str='all'  # or 'kept': no patch but those of the budget; the scores learn less
+        kept:bool=False  # read only what the budget keeps; the scores learn less from it
     ):
         check_number('alone', alone, '0 <= alone < 1', lambda a: 0 <= a < 1)
-        if read not in ('all', 'kept'):
-            raise ValueError(f"read: got {read!r}; accepted: 'all', 'kept'")
-        self.schedule, self.alone, self.read, self.judge = schedule, alone, read, None
+        self.schedule, self.alone, self.kept, self.judge = schedule, alone, kept, None
 
     def before_fit(self):
         m = _unwrapped(self.model)
@@ -177,7 +175,7 @@ class LookLoss(Callback):
 
     def before_batch(self):
         if not self.training: return
-        m, every = _unwrapped(self.model), self.read == 'all'
+        m, every = _unwrapped(self.model), not self.kept
         m.tokenizer.pixels.train(every)  # the statistics of BatchNorm are of all patches
         self.first = every and self.pct_train < self.alone
         keep = TopK(1) if self.first else self.schedule.draw(m.n_tokens)
@@ -189,7 +187,7 @@ class LookLoss(Callback):
         self.every, self.scores = t.read.all(), t.scores
 
     def after_loss(self):
-        if not self.training or self.read == 'kept': return
+        if not self.training or self.kept: return
         every, y = self.every.float(), self.yb[0]
         best = self.loss_func(self.judge(every.amax(1)), y)
         with torch.no_grad(): knows = self.judge(every).mT[torch.arange(len(y)), y]  # (B, N)

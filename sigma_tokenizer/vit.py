@@ -109,6 +109,7 @@ def _fill_positions(model, incompatible_keys):
 
 class VisionTransformer(nn.Module):
     "A Transformer encoder behind any tokenizer; the class token's output is classified"
+    n_tokens = property(lambda self: self.tokenizer.n_tokens)  # of an image, without class token
     def __init__(self,
         tokenizer:nn.Module,  # images -> Tokens; has embed_dim and n_tokens
         num_classes:int=6,  # classes; 0 for no head: the features come out
@@ -145,13 +146,10 @@ class VisionTransformer(nn.Module):
 # %% ../nbs/10_vit.ipynb #09dd0001
 @patch
 def reset_classifier(self:VisionTransformer,
-    num_classes:int,  # classes; 0 for no head: the features come out
-    global_pool:str|None=None  # timm's: 'token' is all there is
+    num_classes:int  # classes; 0 for no head: the features come out
 ):
     "A new head, untrained, for other classes"
     check_int('num_classes', num_classes, 0)
-    if global_pool not in (None, 'token'):
-        raise ValueError(f"global_pool: got {global_pool!r}; accepted: 'token'")
     self.num_features, self.num_classes = self.tokenizer.embed_dim, num_classes
     self.head, self.classes = nn.Identity(), None
     if num_classes:
@@ -259,12 +257,6 @@ def forward(self:VisionTransformer,
 )->Tensor:  # (B, num_classes); (n, B, num_classes) for a list of n budgets
     "Logits, or the features if there is no head"
     return self.forward_head(self.forward_features(x, keep))
-
-# %% ../nbs/10_vit.ipynb #b40593f1
-@patch(as_prop=True)
-def n_tokens(self:VisionTransformer)->int:
-    "Tokens of an image of the size that the tokenizer is for, without the class token"
-    return self.tokenizer.n_tokens
 
 # %% ../nbs/10_vit.ipynb #8ea0e371
 @patch

@@ -135,7 +135,7 @@ def run(task, name, seed, split='test', seconds=seconds, out=here):
     look = LookLoss(BudgetSchedule(1, 32, 0.))
     for side, budget in seconds.items():
         look.alone = .7*(side == 32)
-        if side > 128: look.read, look.schedule = 'kept', BudgetSchedule(4, 32, 0.)
+        if side > 128: look.kept, look.schedule = True, BudgetSchedule(4, 32, 0.)
         cbs = [BFloat16()] + [look]*(name == 'glimpse')
         if name == 'random': cbs.append(RandomReading())
         learn = create_learner(m, Batches(task, side, 1, 0), wd=.01, cbs=cbs)

@@ -214,11 +214,9 @@ def _check_same(result, config, data, out):
     if config:
         now |= config | {'rows': [row[0] for row in _rows(result['run'], config)]}
         was |= result['config'] | {'rows': [row['budget'] for row in result['rows']]}
-    if differ := [f'{k}: {was.get(k)} there, {now[k]} asked'
-                  for k in now if was.get(k) != now[k]]:
-        path = result_path(out, result['run'], result['seed'])
-        raise ValueError(f'{path} holds a run with other settings '
-                         f'({"; ".join(differ)}); name another --out, or delete it')
+    if differ := [k for k in now if was.get(k) != now[k]]:
+        raise ValueError(f'{result_path(out, result["run"], result["seed"])} holds a run '
+                         f'with other settings ({", ".join(differ)}); name another --out')
 
 # %% ../../nbs/23_runs.ipynb #ff86aea7
 def _summary(out):
