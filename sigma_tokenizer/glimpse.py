@@ -8,7 +8,6 @@ Docs: https://sigma-tokenizer.github.io/sigma-image-tokenizer/glimpse.html.md"""
 __all__ = ['GlimpseTokenizer', 'Reading']
 
 # %% ../nbs/09_glimpse.ipynb #09aa0004
-from dataclasses import dataclass
 from fastcore.basics import patch
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,13 +93,14 @@ def windows(self:GlimpseTokenizer,
     seen = self.floats(x.movedim(1, -1)[image, r, c].movedim(-1, 2))*inside[:, :, None]
     return seen.flatten(0, 1).to(self.look[-1].weight.device)
 
-@dataclass
 class Reading:
     "Adds to coarse tokens what the pixels of their patches say"
-    tokenizer:GlimpseTokenizer
-    images:Tensor  # (B, C, H, W)
-    grid:tuple[int, int]  # rows and columns of patches
-    every:Tensor|None=None  # (B, N, D), of all patches, once they are read
+    def __init__(self,
+        tokenizer:GlimpseTokenizer,
+        images:Tensor,  # (B, C, H, W)
+        grid:tuple[int, int]  # rows and columns of patches
+    ):
+        self.tokenizer, self.images, self.grid, self.every = tokenizer, images, grid, None
 
     def all(self)->Tensor:  # (B, N, D)
         "Read every patch, in one pass over the image; then nothing has to be read again"
@@ -113,10 +113,10 @@ class Reading:
     def __call__(self,
         t:Tokens  # coarse: all, or those that a budget keeps
     )->Tokens:  # the same with their pixels
-        if t.grid is not None: return t.replace(x=t.x + self.all(), read=None)
         tk, at = self.tokenizer, t.position
-        if self.every is None:
-            fine = tk.pixels(tk.windows(self.images, at, self.grid))
-            fine = fine.view(*at.shape, -1)
-        else: fine = self.every.gather(1, at[..., None].expand(-1, -1, t.x.shape[2]))
+        if t.grid is not None: fine = self.all()
+        elif self.every is not None:
+            fine = self.every.gather(1, at[..., None].expand(-1, -1, t.x.shape[2]))
+        else: fine = tk.pixels(tk.windows(self.images, at, self.grid)).view(t.x.shape)
+        self.read = fine, t.scores  # last, for `LookLoss`
         return t.replace(x=t.x + fine, read=None)

@@ -155,12 +155,12 @@ class SelfDistillation(Callback):
 
 # %% ../nbs/13_training.ipynb #a5f3e359
 class LookLoss(Callback):
-    "Read all patches, tell the class from the best, teach the scores which those are"
+    "Tell the class from the best of the patches, teach the scores which those are"
     order = 90  # after what changes the images
     def __init__(self,
         schedule:BudgetSchedule=BudgetSchedule(full=0.),  # of the encoder
         alone:float=.3,  # share of the training before the encoder joins
-        kept:bool=False  # read only what the budget keeps; the scores learn less from it
+        kept:bool=False  # read only what the budget keeps, not all patches
     ):
         check_number('alone', alone, '0 <= alone < 1', lambda a: 0 <= a < 1)
         self.schedule, self.alone, self.kept, self.judge = schedule, alone, kept, None
@@ -180,18 +180,19 @@ class LookLoss(Callback):
         self.first = every and self.pct_train < self.alone
         keep = TopK(1) if self.first else self.schedule.draw(m.n_tokens)
         self.learn.xb = (*self.xb, keep)
-        if every: self.hook = m.scorer.register_forward_hook(self._see)
+        self.hook = m.scorer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
-        self.hook.remove()
-        self.every, self.scores = t.read.all(), t.scores
+        self.hook.remove(); self.reading = t.read
+        if not self.kept: self.all = t.read.all(), t.scores
 
     def after_loss(self):
-        if not self.training or self.kept: return
-        every, y = self.every.float(), self.yb[0]
-        best = self.loss_func(self.judge(every.amax(1)), y)
-        with torch.no_grad(): knows = self.judge(every).mT[torch.arange(len(y)), y]  # (B, N)
-        share = self.scores/self.scores.sum(1, keepdim=True)
+        if not self.training: return
+        (fine, scores), y = self.reading.read if self.kept else self.all, self.yb[0]
+        best = self.loss_func(self.judge(fine.float().amax(1)), y)
+        with torch.no_grad():
+            knows = self.judge(fine.float()).mT[torch.arange(len(y)), y]  # (B, N)
+        share = scores/scores.sum(1, keepdim=True)
         look = F.kl_div(share.clamp(min=1e-9).log(), knows.softmax(1), reduction='batchmean')
         self.learn.loss_grad = best + look + (0 if self.first else self.learn.loss_grad)
         self.learn.loss = self.learn.loss_grad.clone()
