@@ -13,6 +13,7 @@ TASK: needle or several. NAME:
     cnn, cnn-mean a plain CNN (four stages of two convolutions, 16 to 128 channels), global maximum or mean
     reader        the network that reads our patches, all over the image, global maximum
     shrunk-S      cnn on the image shrunk S times
+    histogram     logistic regression on the histograms of red, green and blue, 16 bins each
     vit           patches of 16 pixels, each through a linear layer; three blocks as in ours
 
 Everyone is trained on canvases of 32, 64, 128, 256 and 512 pixels in turn (one cycle each) for the same CPU time (`seconds`), in
@@ -26,6 +27,8 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.nn import functional as F
 from sigma_tokenizer import TopK, create_model
+from sigma_tokenizer.bench import gflop, peak_memory
+from sigma_tokenizer.evaluation import in_turns
 from sigma_tokenizer.repro.runs import provenance
 from sigma_tokenizer.stem import channels_last, cnn_stage
 from sigma_tokenizer.tokens import imagenet_normalize
@@ -76,10 +79,6 @@ class Random(nn.Module):
     effect = 'attention'
     def __init__(self): super().__init__(); self.bias = nn.Parameter(torch.zeros(1))
     def forward(self, t): return t.replace(scores=torch.rand(t.x.shape[:2])*.01 + .005 + 0*self.bias)
-
-class Draw:
-    "Random reading: the encoder learns at a budget drawn for each step"
-    def __init__(self, m): self.m, self.schedule = m, BudgetSchedule(1, 32, 0.)
 
 def make(name):
     if name == 'glimpse' or name == 'random':
@@ -156,13 +155,58 @@ def run(task, name, seed, split='test', out=here):
     np.savez_compressed(f'{path}.npz', **arrays); Path(f'{path}.json').write_text(json.dumps(about, indent=1) + '\n')
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in m.state_dict().items()}, f'{path}.pt')
 
+def histogram(task):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    def read(split, side, n):
+        data = Canvases(task, split, side); images = [data[i] for i in range(n)]
+        return np.stack([np.concatenate([np.histogram(x[..., c], 16, (0, 256))[0] for c in range(3)]) for x, *_ in images]), [y for _, y, _ in images]
+    accuracy = {}
+    for side, n in tests.items():
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*read('train', side, 2000 if side < 1024 else 500))
+        accuracy[side] = {'all': round(model.score(*read('test', side, n)), 4)}
+    print(accuracy); (here/task).mkdir(exist_ok=True)
+    about = dict(task=task, name='histogram', seed=239, split='test', accuracy=accuracy, **provenance('cpu'))
+    (here/task/'histogram@239.json').write_text(json.dumps(about, indent=1) + '\n')
+
 class RandomReading(BFloat16.__mro__[1]):
     "Random scores teach nothing: read a random number of random patches"
     order = 90
     def before_batch(self):
         if self.training: self.learn.xb = (*self.xb, BudgetSchedule(1, 32, 0.).draw(64))
 
+def limit(tokenizer, x, k):
+    "What cannot be saved: each pixel shrunk once, and k windows copied"
+    side = x.shape[-1]//16
+    at = torch.arange(k)[None]*(side*side//k); return tokenizer.thumbnail(x), tokenizer.windows(x, at, (side, side))
+
+@torch.no_grad()
+def times():
+    "Milliseconds (median of 9 rounds, in turns) and peak MiB of one image, float32, one thread"
+    torch.set_num_threads(1); rows = []
+    for side in (256, 512, 1024, 2048):
+        x = imagenet_normalize(torch.rand(1, 3, side, side)); m = {n: make(n).eval() for n in ('glimpse', 'cnn', 'shrunk-2', 'shrunk-4', 'vit')}
+        calls = {f'glimpse {k}': lambda k=k: m['glimpse'](x, TopK(k)) for k in (0, 4, 16, 64)}
+        calls |= {'limit 16': lambda: limit(m['glimpse'].tokenizer, x, 16)}
+        calls |= {n: lambda n=n: m[n](x) for n in ('cnn', 'shrunk-2', 'shrunk-4')}
+        calls['glimpse all'] = lambda: m['glimpse'](x, None)
+        if side < 2048:
+            msvd = create_model('msvd_weighted', reduction='rest', **kind).eval()
+            calls |= {'vit': lambda: m['vit'](x), 'msvd all': lambda: msvd(x), 'msvd 16': lambda: msvd(x, TopK(16))}
+        few = side < 1024
+        rounds = in_turns({k: c for k, c in calls.items() if few or k not in ('vit', 'glimpse all', 'msvd all')}, 9)
+        rounds |= in_turns({k: c for k, c in calls.items() if k not in rounds}, 3)
+        for name, call in calls.items():
+            rows.append(dict(side=side, name=name, ms=round(float(np.median(rounds[name])), 2), rounds=rounds[name],
+                             mib=round(peak_memory(call)/2**20, 2), gflop=gflop(call)))
+            print({k: v for k, v in rows[-1].items() if k != 'rounds'}, flush=True)
+    (here/'time.json').write_text(json.dumps(dict(rows=rows, **provenance('cpu')), indent=1) + '\n')
+
 if __name__ == '__main__':
     task, *names = sys.argv[1:]
-    for n in names:
-        name, _, seed = n.partition('@'); run(task, name, int(seed or 239))
+    if task == 'time': times()
+    for n in names if task != 'time' else ():
+        name, _, seed = n.partition('@')
+        if name == 'histogram': histogram(task)
+        else: run(task, name, int(seed or 239))
