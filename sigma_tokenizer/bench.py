@@ -9,7 +9,6 @@ __all__ = ['gflop', 'peak_memory', 'bench_models']
 
 # %% ../nbs/19_bench.ipynb #ce66773d
 import os
-from contextlib import suppress
 from functools import partial
 from statistics import median
 import numpy as np, torch
@@ -49,13 +48,9 @@ def peak_memory(
 
 # %% ../nbs/19_bench.ipynb #0d89f311
 def _sequence(model, x, keep):
-    "A budget in words, and the mean length of the sequence (None if that is not known)"
-    budget, tokens = 'all', None
-    if not hasattr(model, 'reduce'):  # not ours
-        with suppress(AttributeError):
-            tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        return dict(budget=budget, tokens=tokens)
-    t = model.reduce(model.embed(x), keep)
+    "A budget in words, and the mean length of the sequence (None: not our model)"
+    if not hasattr(model, 'reduce'): return dict(budget='all', tokens=None)
+    t, budget = model.reduce(model.embed(x), keep), 'all'
     tokens = t.lengths.float().mean().item() + getattr(model, 'num_prefix_tokens', 1)
     rest = t.scores is not None and bool((t.position < 0).any())
     if isinstance(keep, TopK): budget = f'{keep.k}{" + rest"*rest} of {model.n_tokens}'
