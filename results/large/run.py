@@ -11,6 +11,7 @@ TASK: needle or several. NAME:
     sampling      the same two networks as Katharopoulos and Fleuret (2019) use theirs: patches are sampled from the look's
                   softmax, their features averaged
     cnn, cnn-mean a plain CNN (four stages of two convolutions, 16 to 128 channels), global maximum or mean
+    cnn-W         cnn with W channels in its first stage, for less time
     reader        the network that reads our patches, all over the image, global maximum
     shrunk-S      cnn on the image shrunk S times
     histogram     logistic regression on the histograms of red, green and blue, 16 bins each
@@ -89,7 +90,7 @@ def make(name):
     if name == 'reader': return Reader()
     if name == 'vit': return create_model('vit', **kind)
     if name.startswith('shrunk'): return CNN(shrink=int(name.split('-')[1]))
-    return CNN('mean' if name == 'cnn-mean' else 'max')
+    return CNN('mean' if name == 'cnn-mean' else 'max', width=int(name[4:]) if name[4:].isdigit() else 16)
 
 class Batches:
     def __init__(self, task, side, steps, start): self.data, self.steps, self.start, self.bs = Canvases(task, 'train', side), steps, start, batch[side]
@@ -187,10 +188,10 @@ def times():
     "Milliseconds (median of 9 rounds, in turns) and peak MiB of one image, float32, one thread"
     torch.set_num_threads(1); rows = []
     for side in (256, 512, 1024, 2048):
-        x = imagenet_normalize(torch.rand(1, 3, side, side)); m = {n: make(n).eval() for n in ('glimpse', 'cnn', 'shrunk-2', 'shrunk-4', 'vit')}
+        x = imagenet_normalize(torch.rand(1, 3, side, side)); m = {n: make(n).eval() for n in ('glimpse', 'cnn', 'cnn-4', 'cnn-8', 'shrunk-2', 'shrunk-4', 'vit')}
         calls = {f'glimpse {k}': lambda k=k: m['glimpse'](x, TopK(k)) for k in (0, 4, 16, 64)}
         calls |= {'limit 16': lambda: limit(m['glimpse'].tokenizer, x, 16)}
-        calls |= {n: lambda n=n: m[n](x) for n in ('cnn', 'shrunk-2', 'shrunk-4')}
+        calls |= {n: lambda n=n: m[n](x) for n in ('cnn', 'cnn-4', 'cnn-8', 'shrunk-2', 'shrunk-4')}
         calls['glimpse all'] = lambda: m['glimpse'](x, None)
         if side < 2048:
             msvd = create_model('msvd_weighted', reduction='rest', **kind).eval()
