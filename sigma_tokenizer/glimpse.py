@@ -44,7 +44,7 @@ class GlimpseTokenizer(GridTokenizer):
         self.pixels = nn.Sequential(
             *[nn.Sequential(_conv(i, o, 3), _conv(o, o, 3), nn.MaxPool2d(2))
               for i, o in zip(widths[:n - 1], widths[1:])],
-            _conv(widths[n - 1], D, 2, 2), nn.Conv2d(D, D, 1))
+            _conv(widths[n - 1], D, 1), nn.MaxPool2d(2))
 
 # %% ../nbs/09_glimpse.ipynb #09aa0008
 @patch
