@@ -24,13 +24,12 @@ class GlimpseTokenizer(GridTokenizer):
     takes_bytes = True
     def __init__(self, image_size=256, patch_size=16, embed_dim=768,  # as above
         shrink:int=4,  # side of the square whose mean is a pixel of the thumbnail
-        width:int=16,  # channels of the first stage
+        width:int=16,  # channels of the reading's first stage; the look has twice as many
         in_chans=3
     ):
         check_int('shrink', shrink); check_int('width', width); halvings(patch_size)
-        if patch_size % shrink or shrink & (shrink - 1):
-            raise ValueError(f'shrink: got {shrink}; accepted: a power of two, up to the '
-                             f'patch_size, {patch_size}')
+        if patch_size % shrink:
+            raise ValueError(f'shrink: got {shrink}; accepted: a divisor of {patch_size}')
         self.shrink, self.width, self.margin = shrink, width, patch_size - 2
         super().__init__(image_size, patch_size, embed_dim, in_chans)
 
@@ -54,7 +53,7 @@ def floats(self:GlimpseTokenizer,
     "Pixels as the networks take them"
     if x.dtype != torch.uint8: return x
     x = x.to(self.look[-1].weight.dtype)/255
-    return imagenet_normalize(x) if self.in_chans == 3 else x
+    return imagenet_normalize(x) if self.in_chans == 3 and self.normalized else x
 
 @patch
 def thumbnail(self:GlimpseTokenizer,
@@ -103,7 +102,7 @@ class Reading:
         self.tokenizer, self.images, self.grid, self.every = tokenizer, images, grid, None
 
     def all(self)->Tensor:  # (B, N, D)
-        "Read every patch, in one pass over the image; then nothing has to be read again"
+        "Every patch's vector, in one pass over the image; kept for later calls"
         if self.every is None:
             tk = self.tokenizer; x = self.images.to(tk.look[-1].weight.device)
             x = channels_last(F.pad(tk.floats(x), [tk.margin]*4))
@@ -113,10 +112,11 @@ class Reading:
     def __call__(self,
         t:Tokens  # coarse: all, or those that a budget keeps
     )->Tokens:  # the same with their pixels
-        tk, at = self.tokenizer, t.position
+        tk, at, (H, W) = self.tokenizer, t.position, self.images.shape[2:]
+        many = at.shape[1]*(tk.patch_size + 2*tk.margin)**2 > H*W  # windows overlap
         if t.grid is not None: fine = self.all()
-        elif self.every is not None:
-            fine = self.every.gather(1, at[..., None].expand(-1, -1, t.x.shape[2]))
+        elif self.every is not None or many:
+            fine = self.all().gather(1, at[..., None].expand(-1, -1, t.x.shape[2]))
         else: fine = tk.pixels(tk.windows(self.images, at, self.grid)).view(t.x.shape)
-        self.read = fine, t.scores  # last, for `LookLoss`
+        self.last = fine, t.scores  # for `LookLoss`
         return t.replace(x=t.x + fine, read=None)

@@ -116,15 +116,14 @@ class SigmaModel(
             keep = (TopK if 'k' in keep else TopP)(**keep)
         scorer = Scorer(embed_dim, effect=_scored[name]) if name in _scored else None
         super().__init__(tokenizer, num_classes, depth, num_heads, mlp_ratio, drop_rate,
-                         'learned' if name == 'vit' else 'sinusoidal',
-                         scorer,
+                         'learned' if name == 'vit' else 'sinusoidal', scorer,
                          _reductions[reduction](embed_dim), keep)
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'classes: got {len(classes)}; accepted: {num_classes}, '
                              'the num_classes (for others, reset_classifier)')
         self.classes = None if classes is None else [str(c) for c in classes]
         if normalize is None: normalize = tokenizer.normalized and in_chans == 3
-        self.normalize = normalize
+        self.normalize = tokenizer.normalized = normalize  # bytes too
         self._arguments = kw | dict(
             name=name, image_size=image_size, embed_dim=embed_dim, patch_size=patch_size,
             depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_rate=drop_rate,

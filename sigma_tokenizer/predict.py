@@ -41,12 +41,13 @@ def predict(
     "The most likely class of each image"
     if not model.num_classes:
         raise ValueError('model: got one without a head; accepted: one with classes')
-    bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+    floats = images.is_floating_point()
+    bad = floats and (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         bad = ', '.join(f'images[{i}]' for i in bad)
         raise ValueError(f'images: got NaN or infinite pixels in {bad}; '
                          'accepted: finite ones')
-    if model.normalize and images.is_floating_point(): images = imagenet_normalize(images)
+    if model.normalize and floats: images = imagenet_normalize(images)
     full = model.embed(images)
     short = model.reduce(full, resolve_keep(keep, model.keep))
     probability, best = model.head(model.encode(short)).float().softmax(-1).max(-1)

@@ -155,23 +155,23 @@ class SelfDistillation(Callback):
 
 # %% ../nbs/13_training.ipynb #a5f3e359
 class LookLoss(Callback):
-    "Tell the class from the best of the patches, teach the scores which those are"
+    "Classify by the maximum over patches, teach the scores which of them know the class"
     order = 90  # after what changes the images
     def __init__(self,
-        schedule:BudgetSchedule=BudgetSchedule(full=0.),  # of the encoder
+        schedule:BudgetSchedule=BudgetSchedule(full=0.),  # patches for the encoder; low >= 1
         alone:float=.3,  # share of the training before the encoder joins
         kept:bool=False  # read only what the budget keeps, not all patches
     ):
         check_number('alone', alone, '0 <= alone < 1', lambda a: 0 <= a < 1)
-        self.schedule, self.alone, self.kept, self.judge = schedule, alone, kept, None
+        check_int('low', schedule.low); self.hook = self.judge = None
+        self.schedule, self.alone, self.kept = schedule, alone, kept
 
     def before_fit(self):
         m = _unwrapped(self.model)
-        if not hasattr(m.tokenizer, 'pixels'):
-            raise ValueError(f'LookLoss: got {type(m.tokenizer).__name__}; '
-                             'accepted: a model of name glimpse')
+        if not hasattr(getattr(m, 'tokenizer', None), 'pixels'):
+            raise ValueError(f'LookLoss: got {type(m).__name__}; accepted: a glimpse model')
         if self.judge is None: self.judge = nn.Linear(m.num_features, m.num_classes)
-        self.judge_opt = torch.optim.AdamW(self.judge.to(m.cls_token).parameters())
+        self.judge_opt = torch.optim.AdamW(self.judge.to(m.cls_token.device).parameters())
 
     def before_batch(self):
         if not self.training: return
@@ -180,6 +180,7 @@ class LookLoss(Callback):
         self.first = every and self.pct_train < self.alone
         keep = TopK(1) if self.first else self.schedule.draw(m.n_tokens)
         self.learn.xb = (*self.xb, keep)
+        if self.hook: self.hook.remove()  # of a batch that was interrupted
         self.hook = m.scorer.register_forward_hook(self._see)
 
     def _see(self, module, inp, t):
@@ -188,7 +189,7 @@ class LookLoss(Callback):
 
     def after_loss(self):
         if not self.training: return
-        (fine, scores), y = self.reading.read if self.kept else self.all, self.yb[0]
+        (fine, scores), y = self.reading.last if self.kept else self.all, self.yb[0]
         best = self.loss_func(self.judge(fine.float().amax(1)), y)
         with torch.no_grad():
             knows = self.judge(fine.float()).mT[torch.arange(len(y)), y]  # (B, N)

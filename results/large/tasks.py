@@ -3,10 +3,10 @@
     needle    one red digit, named                                        10 classes
     several   five red digits, three of them the same: which one?         10 classes
 
-The digits are scikit-learn's (8 x 8 pixels), drawn 8 to 12 pixels high at any place, 0.6 to 1 as bright as they can be. On a
+The digits are scikit-learn's (8 x 8 pixels), drawn 8 to 12 pixels high at any place, at 60 to 100% of full brightness. On a
 canvas of noise lie, besides: eight red decoys (fewer below 256 pixels), each a digit whose pixels are shuffled, as red and as large as the others, and digits in four other colours, one for each 32 x 32 pixels. Red things do not
 overlap. Canvases of 32 and 64 pixels hold one red digit in both tasks.
-Shrunk four times, a red digit and a decoy are the same two or three red pixels: a thumbnail says where to look, not what is there.
+Shrunk four times, a red digit and a decoy are both red spots of 2 x 2 or 3 x 3 pixels: a thumbnail says where to look, hardly what is there.
 Source digits of each split: train 1,200, valid 300, test 297. A canvas of 256 pixels has one pixel of the needle in about 650,
 one of 1,024 pixels one in 10,500.
 """
