@@ -239,11 +239,6 @@ def blocks_are_frozen(m):
     assert [*map(has_gradient, m.parameters())] == [p.requires_grad for p in m.parameters()]
 
 @case
-def layer_wise_learning_rates(m):
-    opt = create_optimizer_v2(m, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.7); loss(m).backward(); opt.step()
-    assert len({g['lr_scale'] for g in opt.param_groups}) == 4  # stem, two blocks, norm and head
-
-@case
 def state_dict_of_a_meta_model(m):
     for assign in (False, True):
         other = copy.deepcopy(m).to('meta')
