@@ -22,10 +22,9 @@ def _conv(i, o, kernel, stride=1, padding=0):
 class GlimpseTokenizer(GridTokenizer):
     "A coarse token of each patch, from a thumbnail; the pixels of kept ones are read"
     takes_bytes = True
-    def __init__(self, image_size=256, patch_size=16, embed_dim=768,  # as above
+    def __init__(self, image_size=256, patch_size=16, embed_dim=768, in_chans=3,  # as above
         shrink:int=4,  # side of the square whose mean is a pixel of the thumbnail
         width:int=16,  # channels of the reading's first stage; the look has twice as many
-        in_chans=3
     ):
         check_int('shrink', shrink); check_int('width', width); halvings(patch_size)
         if patch_size % shrink:
@@ -45,6 +44,12 @@ class GlimpseTokenizer(GridTokenizer):
               for i, o in zip(widths[:n - 1], widths[1:])],
             _conv(widths[n - 1], D, 1), nn.MaxPool2d(2))
 
+    def vectors(self, x):
+        return self.look(channels_last(self.thumbnail(x))).movedim(1, -1)
+
+    def here(self, x):  # where the weights are; offloaded ones ('meta') move when called
+        at = self.look[-1].weight.device; return x if at.type == 'meta' else x.to(at)
+
 # %% ../nbs/09_glimpse.ipynb #09aa0008
 @patch
 def floats(self:GlimpseTokenizer,
@@ -61,12 +66,8 @@ def thumbnail(self:GlimpseTokenizer,
 )->Tensor:  # (B, C, H/shrink, W/shrink), where the weights are
     "Means of squares of pixels; bytes become floats in strips"
     strips = x.split(16*self.patch_size, 2) if x.dtype == torch.uint8 else [x]
-    small = torch.cat([F.avg_pool2d(self.floats(s), self.shrink) for s in strips], 2)
-    return small.to(self.look[-1].weight.device)
-
-@patch
-def vectors(self:GlimpseTokenizer, x):
-    return self.look(channels_last(self.thumbnail(x))).movedim(1, -1)
+    small = [F.avg_pool2d(self.floats(s), self.shrink) for s in strips]
+    return self.here(torch.cat(small, 2))
 
 @patch
 def forward(self:GlimpseTokenizer,
@@ -90,7 +91,7 @@ def windows(self:GlimpseTokenizer,
     image = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     r, c = r.clamp(0, H - 1)[..., None], c.clamp(0, W - 1)[..., None, :]
     seen = self.floats(x.movedim(1, -1)[image, r, c].movedim(-1, 2))*inside[:, :, None]
-    return seen.flatten(0, 1).to(self.look[-1].weight.device)
+    return self.here(seen.flatten(0, 1))
 
 class Reading:
     "Adds to coarse tokens what the pixels of their patches say"
@@ -104,9 +105,8 @@ class Reading:
     def all(self)->Tensor:  # (B, N, D)
         "Every patch's vector, in one pass over the image; kept for later calls"
         if self.every is None:
-            tk = self.tokenizer; x = self.images.to(tk.look[-1].weight.device)
-            x = channels_last(F.pad(tk.floats(x), [tk.margin]*4))
-            self.every = tk.pixels(x).flatten(2).mT
+            tk = self.tokenizer; x = tk.floats(tk.here(self.images))
+            self.every = tk.pixels(channels_last(F.pad(x, [tk.margin]*4))).flatten(2).mT
         return self.every
 
     def __call__(self,
